@@ -1,0 +1,141 @@
+// Checks of the host functions. A failed one throws an exception that reaches Python as ValueError, IndexError,
+// TypeError or NotImplementedError with the text `genai_kernels.<op>: <argument>: expected <what>, got <value>`.
+//
+// The stable ABI passes every exception on as a RuntimeError that keeps the text, so the kind travels in front of it:
+// "[ValueError] genai_kernels.rms_norm: ...". genai_kernels/registry.py turns it back into the exception it names.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/dtype.h"
+
+namespace genai_kernels {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const char* kind, const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << '[' << kind << "] genai_kernels." << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+#define GK_CHECK_VALUE(cond, op, ...) \
+  if (!(cond)) [[unlikely]]           \
+  ::genai_kernels::fail("ValueError", op, __VA_ARGS__)
+#define GK_CHECK_TYPE(cond, op, ...) \
+  if (!(cond)) [[unlikely]]          \
+  ::genai_kernels::fail("TypeError", op, __VA_ARGS__)
+#define GK_CHECK_INDEX(cond, op, ...) \
+  if (!(cond)) [[unlikely]]           \
+  ::genai_kernels::fail("IndexError", op, __VA_ARGS__)
+#define GK_CHECK_IMPLEMENTED(cond, op, ...) \
+  if (!(cond)) [[unlikely]]                 \
+  ::genai_kernels::fail("NotImplementedError", op, __VA_ARGS__)
+
+// "[2, 3, 4]", for messages.
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ']';
+  return text.str();
+}
+
+inline const char* dtype_name(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+// The element type of a floating tensor, or a TypeError.
+inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      fail("TypeError", op, name, ": expected float32, bfloat16, float16 or float64, got ", dtype_name(t.scalar_type()));
+  }
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
+  GK_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, name, ": expected the dtype of ", like_name, ", ",
+                dtype_name(like.scalar_type()), ", got ", dtype_name(t.scalar_type()));
+}
+
+// An output that several indices share (an expanded tensor) cannot be written.
+inline void check_writable(const char* op, const char* name, const Tensor& t) {
+  for (int64_t i = 0; i < t.dim(); ++i)
+    GK_CHECK_VALUE(t.size(i) <= 1 || t.stride(i) != 0, op, name,
+                   ": expected a tensor without internal overlap, got stride 0 in dimension ", i,
+                   "; pass a copy (.clone())");
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
+  GK_CHECK_VALUE(same_shape(t, like), op, name, ": expected the shape of ", like_name, ", ", shape_of(like), ", got ",
+                 shape_of(t));
+}
+
+// The bytes between the first and the last element of a tensor.
+struct ByteRange {
+  const char *begin, *end;
+};
+inline ByteRange byte_range(const Tensor& t) {
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  if (t.numel() == 0) return {data, data};
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return {data, data + (last + 1) * int64_t(t.element_size())};
+}
+
+// An output may be the input itself (same elements in the same places) where the kernel reads a row before it writes
+// it; any other overlap would read what was just written.
+inline void check_no_partial_overlap(const char* op, const char* name, const Tensor& t, const char* input_name,
+                                     const Tensor& input) {
+  const ByteRange a = byte_range(t), b = byte_range(input);
+  if (a.begin >= b.end || b.begin >= a.end) return;
+  bool same = a.begin == b.begin && same_shape(t, input);
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) <= 1 || t.stride(i) == input.stride(i);
+  GK_CHECK_VALUE(same, op, name, ": expected memory that does not overlap ", input_name,
+                 " (or is exactly it), got a partial overlap");
+}
+
+}  // namespace genai_kernels

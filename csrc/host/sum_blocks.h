@@ -1,0 +1,25 @@
+// The last step of a reduction over rows: partial sums to a tensor.
+#pragma once
+#include "cpu/sum_blocks.h"
+#include "host/check.h"
+#include "host/parallel.h"
+
+namespace genai_kernels {
+
+// A tensor [blocks, n] for partial sums of a reduction whose result has the dtype of `like`.
+inline Tensor new_partial_sums(const Tensor& like, Dtype dtype, int64_t blocks, int64_t n) {
+  using torch::headeronly::ScalarType;
+  return torch::stable::new_empty(like, {blocks, n}, dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
+}
+
+// out [n] = the sum of the rows of partial [blocks, n], in their order.
+inline void sum_blocks(Dtype dtype, const Tensor& partial, const Tensor& out) {
+  const int64_t blocks = partial.size(0), n = partial.size(1);
+  const void* data = partial.const_data_ptr();
+  void* sums = out.mutable_data_ptr();
+  parallel_for(n, 1 + 16384 / (blocks + 1), [&](int64_t begin, int64_t end) {
+    sum_blocks_kernel(dtype, data, blocks, n, sums, begin, end);
+  });
+}
+
+}  // namespace genai_kernels
