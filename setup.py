@@ -50,6 +50,8 @@ def extension_arguments() -> dict:
             "-ffp-contract=off",  # a fused multiply-add is written as one, so that equal texts give equal bits
             "-fno-math-errno",
             "-Wno-psabi",  # vectors are passed inside one object file only
+            "-Wno-uninitialized",  # GCC 12 reports its own AVX-512 intrinsics
+            "-Wno-maybe-uninitialized",
             f"-ffile-prefix-map={ROOT}/=",  # no path of the build machine in the binary
             f'-DGENAI_KERNELS_VERSION="{read_version()}"',
             TARGET_TORCH,

@@ -51,7 +51,7 @@ Selection select() {
     std::string supported;
     for (int i = 0; i < kIsaCount; ++i)
       if (isa_supported(Isa(i))) supported += std::string(supported.empty() ? "" : ", ") + kIsaNames[i];
-    throw std::invalid_argument("[ValueError] genai_kernels: GENAI_KERNELS_ISA: expected one of " + supported +
+    throw std::invalid_argument("genai_kernels: GENAI_KERNELS_ISA: expected one of " + supported +
                                 " (what this CPU supports), got '" + name + "'");
   }
   if (isa_supported(Isa::avx512_bf16))

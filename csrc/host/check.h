@@ -1,8 +1,9 @@
 // Checks of the host functions. A failed one throws an exception that reaches Python as ValueError, IndexError,
 // TypeError or NotImplementedError with the text `genai_kernels.<op>: <argument>: expected <what>, got <value>`.
 //
-// The stable ABI passes every exception on as a RuntimeError that keeps the text, so the kind travels in front of it:
-// "[ValueError] genai_kernels.rms_norm: ...". genai_kernels/registry.py turns it back into the exception it names.
+// Python's bindings turn std::invalid_argument into ValueError and std::out_of_range into IndexError by themselves. The
+// other two have no counterpart in std: they arrive as a RuntimeError that names its kind in front of the text, and
+// genai_kernels/registry.py turns it into the exception it names.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -20,25 +21,25 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 template <class... Parts>
-[[noreturn, gnu::cold, gnu::noinline]] void fail(const char* kind, const char* op, const Parts&... parts) {
+std::string error_text(const char* op, const Parts&... parts) {
   std::ostringstream text;
-  text << '[' << kind << "] genai_kernels." << op << ": ";
+  text << "genai_kernels." << op << ": ";
   (text << ... << parts);
-  throw std::runtime_error(text.str());
+  return text.str();
 }
 
 #define GK_CHECK_VALUE(cond, op, ...) \
   if (!(cond)) [[unlikely]]           \
-  ::genai_kernels::fail("ValueError", op, __VA_ARGS__)
-#define GK_CHECK_TYPE(cond, op, ...) \
-  if (!(cond)) [[unlikely]]          \
-  ::genai_kernels::fail("TypeError", op, __VA_ARGS__)
+  throw std::invalid_argument(::genai_kernels::error_text(op, __VA_ARGS__))
 #define GK_CHECK_INDEX(cond, op, ...) \
   if (!(cond)) [[unlikely]]           \
-  ::genai_kernels::fail("IndexError", op, __VA_ARGS__)
+  throw std::out_of_range(::genai_kernels::error_text(op, __VA_ARGS__))
+#define GK_CHECK_TYPE(cond, op, ...) \
+  if (!(cond)) [[unlikely]]          \
+  throw std::runtime_error("[TypeError] " + ::genai_kernels::error_text(op, __VA_ARGS__))
 #define GK_CHECK_IMPLEMENTED(cond, op, ...) \
   if (!(cond)) [[unlikely]]                 \
-  ::genai_kernels::fail("NotImplementedError", op, __VA_ARGS__)
+  throw std::runtime_error("[NotImplementedError] " + ::genai_kernels::error_text(op, __VA_ARGS__))
 
 // "[2, 3, 4]", for messages.
 inline std::string shape_of(const Tensor& t) {
@@ -84,8 +85,10 @@ inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Half:
       return Dtype::f16;
     default:
-      fail("TypeError", op, name, ": expected float32, bfloat16, float16 or float64, got ", dtype_name(t.scalar_type()));
+      GK_CHECK_TYPE(false, op, name, ": expected float32, bfloat16, float16 or float64, got ",
+                    dtype_name(t.scalar_type()));
   }
+  return Dtype::f32;
 }
 
 inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,

@@ -6,12 +6,6 @@
 
 namespace genai_kernels {
 
-// A tensor [blocks, n] for partial sums of a reduction whose result has the dtype of `like`.
-inline Tensor new_partial_sums(const Tensor& like, Dtype dtype, int64_t blocks, int64_t n) {
-  using torch::headeronly::ScalarType;
-  return torch::stable::new_empty(like, {blocks, n}, dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
-}
-
 // out [n] = the sum of the rows of partial [blocks, n], in their order.
 inline void sum_blocks(Dtype dtype, const Tensor& partial, const Tensor& out) {
   const int64_t blocks = partial.size(0), n = partial.size(1);

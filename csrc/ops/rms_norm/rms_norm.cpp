@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "host/alloc.h"
 #include "host/check.h"
 #include "host/parallel.h"
 #include "host/rows.h"
@@ -47,7 +48,7 @@ void forward(RmsNormParams& p, const OptionalTensor& weight, const Tensor& y) {
 
 Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, double eps) {
   RmsNormParams p = checked_params(x, weight, eps);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like(x);
   p.y = write_rows(kOp, "out", y);
   forward(p, weight, y);
   return y;
@@ -66,18 +67,21 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const
   RmsNormParams p = checked_params(x, weight, eps);
   check_same_dtype(kOp, "dy", dy, "x", x);
   check_same_shape(kOp, "dy", dy, "x", x);
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = new_like(x);
   p.dy = read_rows(kOp, "dy", dy);
   p.dx = write_rows(kOp, "dx", dx);
   const int64_t n = p.x.length, blocks = (p.x.count + kRmsNormRowsPerBlock - 1) / kRmsNormRowsPerBlock;
-  Tensor w, partial, dw = torch::stable::new_zeros(x, {weight ? n : 0});
+  Tensor w, partial, dw = new_empty(x, {weight ? n : 0}, x.scalar_type());
   if (weight) {
     w = torch::stable::contiguous(*weight);
     p.weight = w.const_data_ptr();
     partial = new_partial_sums(x, p.dtype, blocks, n);
     p.dw_partial = partial.mutable_data_ptr();
   }
-  if (x.numel() == 0) return {dx, dw};
+  if (x.numel() == 0) {
+    torch::stable::zero_(dw);
+    return {dx, dw};
+  }
   parallel_for(blocks, 1 + kGrain / (n * kRmsNormRowsPerBlock), [&](int64_t begin, int64_t end) {
     const Scratch scratch(n * 8 * 3);
     rms_norm_bwd_kernel(p, begin, end, scratch.get());

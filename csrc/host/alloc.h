@@ -1,0 +1,43 @@
+// New tensors. Straight to the C shim: torch::stable::empty_like goes through a dispatcher look-up by name, which costs
+// more than the rest of a small call.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "host/check.h"
+
+namespace genai_kernels {
+
+// Uninitialised and contiguous, on the device of `like`.
+inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dim, torch::headeronly::ScalarType dtype) {
+  int64_t strides[16];
+  GK_CHECK_VALUE(dim <= 16, "new_empty", "shape: expected at most 16 dimensions, got ", dim);
+  int64_t step = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  const auto device = like.device();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      int32_t(device.type()), int32_t(device.index()), &handle));
+  return Tensor(handle);
+}
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype) {
+  return new_empty(like, sizes.begin(), int64_t(sizes.size()), dtype);
+}
+
+// Contiguous, with the shape and dtype of `like`.
+inline Tensor new_like(const Tensor& like) {
+  return new_empty(like, like.sizes().data(), like.dim(), like.scalar_type());
+}
+
+// A tensor [blocks, n] for partial sums of a reduction whose result has the dtype `dtype`.
+inline Tensor new_partial_sums(const Tensor& like, Dtype dtype, int64_t blocks, int64_t n) {
+  using torch::headeronly::ScalarType;
+  return new_empty(like, {blocks, n}, dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
+}
+
+}  // namespace genai_kernels

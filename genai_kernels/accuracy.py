@@ -1,0 +1,183 @@
+"""The rule by which a result is called correct: ours, eager and float64 decide, never a hand-set tolerance.
+
+With `u` the unit roundoff of the output's dtype, `E` the largest and `R` the RMS error against `ref` (the same
+computation in float64 from the same low-precision inputs):
+
+1. `E_ours <= k E_eager + u max|ref|` and `R_ours <= kR R_eager + 0.3 u rms(ref)`;
+2. per element `|ours - ref| <= c u A`, with `A` the op's condition magnitude;
+3. NaN and infinity in the same places, compared first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .registry import Make, Op, Sample
+
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
+
+
+@dataclasses.dataclass
+class Verdict:
+    """One compared output: what it is, its errors, and the complaint if it breaks the rule."""
+
+    what: str
+    error: float = 0.0  # largest |ours - ref|
+    eager_error: float = 0.0
+    complaint: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.complaint
+
+
+def compare(
+    what: str,
+    ours: torch.Tensor,
+    eager: torch.Tensor,
+    ref: torch.Tensor,
+    k: float,
+    k_rms: float,
+    c: float | None = None,
+    magnitude: torch.Tensor | None = None,
+) -> Verdict:
+    """Holds one output against the rule."""
+    verdict = Verdict(what)
+    if ours.shape != ref.shape:
+        verdict.complaint = f"shape {tuple(ours.shape)}, expected {tuple(ref.shape)}"
+        return verdict
+    if ours.dtype != eager.dtype:
+        verdict.complaint = f"dtype {ours.dtype}, expected {eager.dtype}"
+        return verdict
+    if ref.numel() == 0:
+        return verdict
+    u, smallest_normal = UNIT_ROUNDOFF[ours.dtype], torch.finfo(ours.dtype).smallest_normal
+    ours, eager, ref = ours.double(), eager.double(), ref.double()
+    for name, special in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        # a finite float64 value may round to infinity in a narrow dtype: then eager shows it too
+        expected = special(ref) | (special(eager) & torch.isfinite(ref) & special(ours))
+        if not torch.equal(special(ours), expected):
+            verdict.complaint = f"{name} in {int(special(ours).sum())} places, expected {int(expected.sum())}"
+            return verdict
+    finite = torch.isfinite(ours) & torch.isfinite(ref)
+    if not finite.any():
+        return verdict
+    difference = (ours - ref)[finite].abs()
+    eager_difference = (eager - ref)[finite].abs().nan_to_num(posinf=0.0)
+    size = ref[finite].abs()
+    verdict.error, verdict.eager_error = difference.max().item(), eager_difference.max().item()
+
+    limit = k * verdict.eager_error + u * size.max().item()
+    if verdict.error > limit:
+        verdict.complaint = f"largest error {verdict.error:.3e} > {limit:.3e} (eager {verdict.eager_error:.3e})"
+        return verdict
+    rms, eager_rms = difference.square().mean().sqrt().item(), eager_difference.square().mean().sqrt().item()
+    limit = k_rms * eager_rms + 0.3 * u * size.square().mean().sqrt().item()
+    if rms > limit:
+        verdict.complaint = f"RMS error {rms:.3e} > {limit:.3e} (eager {eager_rms:.3e})"
+        return verdict
+    if c is not None and magnitude is not None:
+        # A is at least the smallest normal number: the spacing of numbers does not shrink below it
+        bound = c * u * magnitude.double().broadcast_to(ref.shape)[finite].clamp_min(smallest_normal)
+        excess = difference - bound
+        if bool((excess > 0).any()):
+            worst = int(excess.argmax())
+            verdict.complaint = (
+                f"element error {difference[worst].item():.3e} > {bound[worst].item():.3e} = c u A with c = {c:g}"
+            )
+    return verdict
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return [r for r in results if isinstance(r, torch.Tensor)]
+
+
+def map_tensors(f: Callable[[torch.Tensor], torch.Tensor], args: Any) -> Any:
+    """f applied to every tensor of nested tuples, lists and dicts."""
+    if isinstance(args, torch.Tensor):
+        return f(args)
+    if isinstance(args, (tuple, list)):
+        return type(args)(map_tensors(f, a) for a in args)
+    if isinstance(args, dict):
+        return {key: map_tensors(f, a) for key, a in args.items()}
+    return args
+
+
+def _leaves(args: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(lambda t: found.append(t) or t, args)  # type: ignore[func-returns-value]
+    return [t for t in found if t.is_floating_point() and t.requires_grad]
+
+
+def _run(
+    function: Callable[..., Any], call: Any, differentiate: bool, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The outputs and, for a fixed random cotangent, the gradient of every floating input."""
+    args, kwargs = call
+    if not differentiate:
+        with torch.no_grad():
+            return _tensors(function(*args, **kwargs)), []
+    outputs = _tensors(function(*args, **kwargs))
+    leaves, connected = _leaves(call), [o for o in outputs if o.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = []
+    for o in connected:
+        g = torch.randn(o.shape, generator=generator, dtype=torch.float64)
+        cotangents.append(g.to(torch.bfloat16).to(o.dtype))  # the same numbers in every dtype
+    gradients = torch.autograd.grad(connected, leaves, cotangents, allow_unused=True)
+    zeros_for_none = [
+        torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)
+    ]
+    return [o.detach() for o in outputs], zeros_for_none
+
+
+def verify_sample(op: Op, sample: Sample, dtype: torch.dtype, backward: bool = True, seed: int = 0) -> list[Verdict]:
+    """Runs one sample three ways and returns a verdict for each output and gradient."""
+    args, kwargs = sample.build(Make(dtype, seed=seed))
+    differentiate = backward and op.differentiable
+
+    def prepared(to: torch.dtype | None) -> Any:
+        def one(t: torch.Tensor) -> torch.Tensor:
+            if not t.is_floating_point():
+                return t
+            t = t.detach() if to is None else t.detach().to(to)
+            return t.requires_grad_(differentiate)
+
+        return map_tensors(one, (args, kwargs))
+
+    ours = _run(op.function, prepared(None), differentiate, seed)
+    eager = _run(op.reference, prepared(None), differentiate, seed)
+    ref = _run(op.reference, prepared(torch.float64), differentiate, seed)
+    accuracy = op.accuracy
+    magnitudes: list[Any] = []
+    if op.magnitude is not None:
+        with torch.no_grad():
+            exact = map_tensors(lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
+            found = op.magnitude(*exact[0], **exact[1])
+            magnitudes = list(found) if isinstance(found, tuple) else [found]
+    c32 = accuracy.c_fp32(*args, **kwargs) if callable(accuracy.c_fp32) else accuracy.c_fp32
+
+    results = (ours, eager, ref)
+    verdicts = []
+    for forward in (True, False):
+        k, k_rms = accuracy.forward if forward else accuracy.backward
+        for i, (a, b, r) in enumerate(zip(*(result[0 if forward else 1] for result in results), strict=True)):
+            what = f"{'output' if forward else 'gradient'} {i}"
+            if op.exact:
+                complaint = "" if torch.equal(a, b) else "bits differ from the reference"
+                verdicts.append(Verdict(what, complaint=complaint))
+                continue
+            magnitude = magnitudes[i] if forward and i < len(magnitudes) else None
+            c = c32 if a.dtype in (torch.float32, torch.float64) else accuracy.c_low
+            verdicts.append(compare(what, a, b, r, k, k_rms, c, magnitude))
+    return verdicts

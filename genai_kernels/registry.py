@@ -1,0 +1,147 @@
+"""What an op declares about itself, and the one wrapper that every public function goes through.
+
+An op's room (`genai_kernels/ops/<op>/__init__.py`) decorates its public function with `@op(...)`. Everything that lists
+ops (tests, `verify`, `bench`, the documentation) reads `OPS`; nothing else names them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from . import backends
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Tensors = tuple[torch.Tensor, ...]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Make:
+    """Random tensors for samples: signed, of one dtype, reproducible from a seed."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> None:
+        self.dtype, self.device = dtype, torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+        """Normal, rounded to the dtype: `shift + scale * N(0, 1)`."""
+        x = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float64)
+        return (x * scale + shift).to(self.dtype)
+
+    def float32(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """Normal, float32 whatever the dtype (float64 under float64): for slopes, sinks, parameters."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        x = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float64)
+        return (x * scale).to(dtype)
+
+    def ints(self, low: int, high: int, shape: Sequence[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        """Uniform integers in [low, high)."""
+        return torch.randint(low, high, tuple(shape), generator=self.generator, device=self.device, dtype=dtype)
+
+    def mask(self, *shape: int, keep: float = 0.7) -> torch.Tensor:
+        """Boolean, True with probability `keep`."""
+        return torch.rand(shape, generator=self.generator, device=self.device) < keep
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op: its name, how to build its arguments, and what it costs.
+
+    `build(make)` returns `(args, kwargs)`. Tests run the samples without `bench`; benchmarks run those with it.
+    """
+
+    name: str
+    build: Callable[[Make], tuple[tuple[Any, ...], dict[str, Any]]]
+    bench: bool = False
+    flops: float = 0.0  # of the forward, counting only what the result depends on
+    elements: float = 0.0  # read and written by the forward, for memory-bound ops
+    backward_flops: float = 0.0
+    backward_elements: float = 0.0
+    peers: tuple[str, ...] | None = None  # names of Op.peers; None: all
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """TRUTH: the factors by which errors may exceed eager's (largest, RMS), and c of the bound per element."""
+
+    forward: tuple[float, float] = (1.0, 1.0)
+    backward: tuple[float, float] = (1.5, 1.1)
+    c_low: float = 2.0  # bf16, fp16
+    c_fp32: float | Callable[..., float] = 8.0  # a number, or a function of the call's arguments
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function and what is known of it."""
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    samples: Sequence[Sample]
+    accuracy: Accuracy
+    # magnitude(*args, **kwargs) -> per output, the condition magnitude A of the bound per element, on float64 inputs
+    magnitude: Callable[..., Any] | None = None
+    differentiable: bool = True
+    exact: bool = False  # results are compared bit for bit
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # same arguments as the op
+    overloads: tuple[str, ...] = ()  # names of the torch ops behind it, for opcheck and explain
+    path: Callable[..., str] | None = None  # path(*args, **kwargs): which code path a call takes, for explain
+
+
+OPS: dict[str, Op] = {}
+
+_KINDS = {"[TypeError] ": TypeError, "[NotImplementedError] ": NotImplementedError}
+
+
+def _translated(error: RuntimeError) -> Exception:
+    """The exception that a kernel's check names in front of its text (csrc/host/check.h)."""
+    text = str(error)
+    for prefix, kind in _KINDS.items():
+        if text.startswith(prefix):
+            return kind(text[len(prefix) :].splitlines()[0])
+    return error
+
+
+def op(
+    *,
+    reference: Callable[..., Any],
+    samples: Sequence[Sample],
+    accuracy: Accuracy | None = None,
+    **declared: Any,
+) -> Callable[[F], F]:
+    """Registers a public function as an op and gives it backend selection and Python's exceptions."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def public(*args: Any, **kwargs: Any) -> Any:
+            if backends.forced == "reference":
+                return reference(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError as error:
+                raise _translated(error) from None
+
+        name = function.__name__
+        if name in OPS:
+            raise ValueError(f"genai_kernels: an op named {name} is registered already")
+        OPS[name] = Op(name, public, reference, samples, accuracy or Accuracy(), **declared)
+        return public  # type: ignore[return-value]
+
+    return decorate
+
+
+def raise_double_backward(name: str) -> Callable[..., Any]:
+    """The backward of a backward op: a sentence instead of silently wrong or missing gradients."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"genai_kernels.{name}: double backward is not implemented; "
+            f'use genai_kernels.use_backend("reference") for higher-order gradients'
+        )
+
+    return backward
