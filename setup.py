@@ -38,9 +38,11 @@ def extension_arguments() -> dict:
     os.environ.setdefault("MAX_JOBS", str(available_jobs()))
     optimise = ["-O1", "-g", "-UNDEBUG"] if os.environ.get("GENAI_KERNELS_DEBUG") == "1" else ["-O3"]
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
     extension = CppExtension(
         "genai_kernels._C",
         sources,
+        depends=headers,  # else setuptools takes a library older than a changed header for up to date
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,  # defines Py_LIMITED_API and does not link libtorch_python
         extra_compile_args=[

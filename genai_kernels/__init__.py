@@ -4,7 +4,7 @@ import importlib as _importlib
 import pathlib as _pathlib
 import pkgutil as _pkgutil
 
-import torch as _torch  # before _C: loads libtorch, which _C is linked against
+import torch as _torch  # noqa: F401  before _C: loads libtorch, which _C is linked against
 
 from .version import __version__
 
@@ -15,7 +15,8 @@ if not list(_HERE.glob("_C*.so")):
         "run `pip install -e .` in the folder above it, or start Python in another folder to use the installed package"
     )
 
-from . import _C  # noqa: E402, F401  loading it registers torch.ops.genai_kernels
+_C = _importlib.import_module(f"{__name__}._C")  # loading it registers torch.ops.genai_kernels
+
 from . import ops as _ops  # noqa: E402
 from .backends import use_backend  # noqa: E402
 
@@ -26,5 +27,5 @@ for _room in _pkgutil.iter_modules(_ops.__path__):
     _module = _importlib.import_module(f"{__name__}.ops.{_room.name}")
     for _name in _module.__all__:
         globals()[_name] = getattr(_module, _name)
-        __all__.append(_name)  # noqa: PYI056
+        __all__ += [_name]
 __all__.sort()

@@ -135,9 +135,7 @@ def _run(
         g = torch.randn(o.shape, generator=generator, dtype=torch.float64)
         cotangents.append(g.to(torch.bfloat16).to(o.dtype))  # the same numbers in every dtype
     gradients = torch.autograd.grad(connected, leaves, cotangents, allow_unused=True)
-    zeros_for_none = [
-        torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)
-    ]
+    zeros_for_none = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
     return [o.detach() for o in outputs], zeros_for_none
 
 

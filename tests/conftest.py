@@ -14,3 +14,20 @@ def _fresh_state():
 
 def pytest_addoption(parser):
     parser.addoption("--op", default=None, help="only the tests of one op")
+
+
+def pytest_collection_modifyitems(config, items):
+    """--op=x keeps the tests with x as their `op` parameter, in their id, or in the name of their file, test_x*.py."""
+    wanted = config.getoption("--op")
+    if wanted is None:
+        return
+
+    def about(item):
+        parameter = getattr(item, "callspec", None) and item.callspec.params.get("op")
+        if parameter is not None:
+            return getattr(parameter, "name", parameter) == wanted
+        return item.path.stem.startswith(f"test_{wanted}") or wanted in item.name.partition("[")[2]
+
+    kept = [item for item in items if about(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept

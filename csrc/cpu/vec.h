@@ -23,7 +23,7 @@ struct VecOf;
 template <>
 struct VecOf<float> {
   using type = VecF;
-  using Int = VecI;   // lane-wise integers and comparison results
+  using Int = VecI;  // lane-wise integers and comparison results
   using Scalar = int32_t;
 };
 template <>

@@ -11,9 +11,8 @@ inline void sum_blocks(Dtype dtype, const Tensor& partial, const Tensor& out) {
   const int64_t blocks = partial.size(0), n = partial.size(1);
   const void* data = partial.const_data_ptr();
   void* sums = out.mutable_data_ptr();
-  parallel_for(n, 1 + 16384 / (blocks + 1), [&](int64_t begin, int64_t end) {
-    sum_blocks_kernel(dtype, data, blocks, n, sums, begin, end);
-  });
+  parallel_for(n, 1 + 16384 / (blocks + 1),
+               [&](int64_t begin, int64_t end) { sum_blocks_kernel(dtype, data, blocks, n, sums, begin, end); });
 }
 
 }  // namespace genai_kernels

@@ -1,0 +1,59 @@
+# Every target does its own set-up: .venv with the pinned packages of requirements/, and the compiled library.
+#   OP=rms_norm            only this op, for test, bench, fuzz and mutants
+#   ARGS="..."             more arguments for the program behind the target
+#   PYTHON=, TORCH=        the interpreter, and which torch: see requirements/venv.sh
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+export PYTHONPATH := $(CURDIR)
+export PYTHON TORCH
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv-run venv-dev: venv-%:
+	@requirements/venv.sh $*
+# The library, in genai_kernels/. Only what changed is compiled again.
+library-run library-dev: library-%: venv-%
+	@flock .venv.lock $(PY) setup.py -q build_ext --inplace > .venv/build.log 2>&1 || { cat .venv/build.log; exit 1; }
+
+demo: library-run  ## train the character LM with our kernels and with eager, compare, plot, report
+	$(PY) -m genai_kernels demo $(ARGS)
+
+dev: library-dev  ## an environment to work in
+	@echo "ready: source .venv/bin/activate"
+
+test: library-dev  ## the test suite
+	$(PY) -m pytest --ignore=tests/packaging $(if $(OP),--op=$(OP)) $(ARGS)
+
+packaging: venv-dev  ## the wheel, the sdist and the editable install, built and tried in environments of their own
+	$(PY) -m pytest tests/packaging $(ARGS)
+
+bench: library-run  ## ours and the peers in one run, every op
+	$(PY) -m benchmarks.run $(if $(OP),--op $(OP)) $(ARGS)
+
+check: venv-dev  ## linters, types and formats; changes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $(CPP)
+
+format: venv-dev  ## what `check` would complain about, mended where a tool can
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format --quiet .
+	.venv/bin/clang-format -i $(CPP)
+
+fuzz: library-dev  ## the long run of the fuzzers: kernels under sanitizers, calls through the dispatcher
+	$(PY) -m tests.fuzz $(if $(OP),--op $(OP)) $(ARGS)
+
+mutants: library-dev  ## planted faults, and the share of them that the tests catch
+	$(PY) -m tests.mutants $(if $(OP),--op $(OP)) $(ARGS)
+
+clean:  ## everything that was made here
+	rm -rf .venv .venv.lock build dist *.egg-info genai_kernels/_C*.so demo_report .benchmarks
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help venv-run venv-dev library-run library-dev demo dev test packaging bench check format fuzz mutants clean
