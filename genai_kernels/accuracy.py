@@ -33,6 +33,7 @@ class Verdict:
     what: str
     error: float = 0.0  # largest |ours - ref|
     eager_error: float = 0.0
+    limit: float = 0.0  # what the rule allows for `error`
     complaint: str = ""
 
     @property
@@ -76,7 +77,7 @@ def compare(
     size = ref[finite].abs()
     verdict.error, verdict.eager_error = difference.max().item(), eager_difference.max().item()
 
-    limit = k * verdict.eager_error + u * size.max().item()
+    verdict.limit = limit = k * verdict.eager_error + u * size.max().item()
     if verdict.error > limit:
         verdict.complaint = f"largest error {verdict.error:.3e} > {limit:.3e} (eager {verdict.eager_error:.3e})"
         return verdict

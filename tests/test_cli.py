@@ -1,0 +1,236 @@
+"""The commands: exit codes, what they refuse, and what they write."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import genai_kernels as gk
+from genai_kernels import cli
+from genai_kernels.accuracy import verify_sample
+from genai_kernels.cli import console, doctor
+from genai_kernels.registry import OPS, Accuracy, Op, Sample
+
+PACKAGE = Path(gk.__file__).parent
+
+
+def command(*arguments, cwd=None, package_root=PACKAGE.parent, **environment):
+    """Runs `python -m genai_kernels ...` in a process of its own."""
+    variables = {**os.environ, "PYTHONPATH": str(package_root), **environment}
+    variables = {name: value for name, value in variables.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-m", "genai_kernels", *arguments],
+        capture_output=True, text=True, env=variables, cwd=cwd or package_root, timeout=300,
+    )  # fmt: skip
+
+
+def scaled(factor):
+    """An op named `planted` whose result is wrong by `factor`."""
+
+    def reference(x):
+        return x * 2.0
+
+    def function(x):
+        return x * (2.0 * factor)
+
+    samples = [
+        Sample("small", lambda m: ((m(3, 5),), {})),
+        Sample("64x64", lambda m: ((m(64, 64),), {}), bench=True, elements=2 * 4096, backward_elements=2 * 4096),
+    ]
+    return Op("planted", function, reference, samples, Accuracy(), peers={"twice": lambda x: x + x})
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Registers a wrong op beside the others and gives its name."""
+    monkeypatch.setitem(OPS, "planted", scaled(1.01))
+    return "planted"
+
+
+@pytest.fixture
+def planted_right(monkeypatch):
+    monkeypatch.setitem(OPS, "planted", scaled(1.0))
+    return "planted"
+
+
+# ---- the command line ----
+
+
+def test_no_command_and_an_unknown_one(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    assert cli.main(["bech"]) == 2
+    assert "got 'bech'" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["verify", "--ops", "rms_norm"])
+    assert exit.value.code == 2
+
+
+# ---- doctor ----
+
+
+def test_doctor_names_the_instruction_set_that_was_forced():
+    result = command("doctor", "--json", GENAI_KERNELS_ISA="baseline")
+    report = json.loads(result.stdout)
+    found = {f["name"]: f for f in report["findings"]}
+    assert found["instruction set"]["text"] == "baseline: forced by GENAI_KERNELS_ISA"
+    isa = next(v for v in report["environment"] if v["name"] == "GENAI_KERNELS_ISA")
+    assert isa["effective"] == "baseline"
+    assert isa["origin"] == "set to 'baseline'"
+    assert found["OpenMP"]["status"] == "ok"
+    assert result.returncode == (0 if report["ready"] else 1)
+
+
+def test_doctor_with_a_wrong_instruction_set_says_what_mends_it():
+    result = command("doctor", GENAI_KERNELS_ISA="avx9", GENAI_KERNELS_IAS="1")
+    assert result.returncode == 1
+    assert result.stdout.rstrip().splitlines()[-1].endswith("run: unset GENAI_KERNELS_ISA")
+    assert "misspelling" in result.stdout
+
+
+def test_doctor_with_a_planted_wrong_op(planted, capsys):
+    assert cli.main(["doctor"]) == 1
+    assert "planted: largest error" in capsys.readouterr().out
+
+
+@pytest.fixture
+def without_library(tmp_path):
+    """A copy of the Python files alone, as in a source folder that was never built."""
+    shutil.copytree(PACKAGE, tmp_path / "genai_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def test_without_the_library(without_library):
+    result = command("doctor", package_root=without_library)
+    assert result.returncode == 1
+    assert "verdict: BROKEN: library" in result.stdout
+    assert "pip install" in result.stdout.splitlines()[-1]
+    result = command("verify", package_root=without_library)
+    assert result.returncode == 1
+    assert "doctor" in result.stderr
+    assert "Traceback" not in result.stderr
+    plain = subprocess.run(
+        [sys.executable, "-c", "import genai_kernels"],
+        capture_output=True, text=True, cwd=without_library, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert plain.returncode == 1
+    assert "pip install -e ." in plain.stderr.splitlines()[-1]
+
+
+def test_doctor_without_rich_is_plain_text(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "HAS_RICH", False)
+    monkeypatch.setattr(console, "HAS_RICH", False)
+    for name in ("rich", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert 'pip install "genai_kernels[cli]"' in out
+    assert "\u2503" not in out
+    assert out.splitlines()[-1].startswith("verdict: ")
+
+
+def test_two_openmp_runtimes_are_found():
+    maps = "\n".join(
+        f"7f00-7f01 r-xp 00000000 00:00 1 {path}"
+        for path in ("/t/libgomp.so.1", "/t/libgomp.so.1", "/o/libiomp5.so", "/o/libgomp-a34.so.1", "/o/liborc.so")
+    )
+    assert doctor.openmp_libraries(maps) == ["/o/libgomp-a34.so.1", "/o/libiomp5.so", "/t/libgomp.so.1"]
+
+
+# ---- verify ----
+
+
+def test_verify_passes_and_fails(planted, capsys, monkeypatch):
+    assert cli.main(["verify", "--op", planted, "--dtype", "fp32"]) == 1
+    assert "planted float32 cpu: small, output 0: largest error" in capsys.readouterr().out
+    monkeypatch.setitem(OPS, "planted", scaled(1.0))
+    assert cli.main(["verify", "--op", planted]) == 0
+    assert "verify: ok: 3 samples" in capsys.readouterr().out
+
+
+def test_verify_reports_an_op_that_raises(monkeypatch, capsys):
+    def refuses(x):
+        raise ValueError("not today")
+
+    monkeypatch.setitem(OPS, "planted", Op("planted", refuses, refuses, scaled(1.0).samples, Accuracy()))
+    assert cli.main(["verify", "--op", "planted", "--dtype", "float32"]) == 1
+    assert "small: ValueError: not today" in capsys.readouterr().out
+
+
+def test_verify_with_nothing_to_verify_fails(monkeypatch):
+    monkeypatch.setitem(OPS, "planted", Op("planted", abs, abs, [], Accuracy()))
+    assert cli.main(["verify", "--op", "planted"]) == 1
+
+
+def test_verify_runs_each_instruction_set():
+    result = command("verify", "--op", "rms_norm", "--dtype", "bfloat16", "--forward-only", "--isa", "baseline")
+    assert "instruction set baseline" in result.stdout
+    assert result.returncode == 0, result.stdout
+    assert command("verify", "--isa", "avx9").returncode == 2
+
+
+def test_a_verdict_carries_its_limit():
+    op = OPS["rms_norm"]
+    assert all(v.limit >= v.error for v in verify_sample(op, op.samples[0], torch.bfloat16))
+
+
+# ---- explain ----
+
+
+def test_explain_in_python():
+    x = torch.ones(2, 8)
+    taken = gk.explain(gk.rms_norm, x, eps=1e-3)
+    assert (taken.op, taken.backend, taken.isa) == ("rms_norm", "cpu", torch.ops.genai_kernels.isa())
+    assert set(taken.not_taken) >= {"cuda", "triton", "reference"}
+    assert "float32[2, 8], eps=0.001" in str(taken)
+    with gk.use_backend("reference"):
+        forced = gk.explain("rms_norm", x)
+    assert (forced.backend, forced.isa) == ("reference", "")
+    assert "forced by use_backend" in forced.not_taken["cpu"]
+    assert gk.explain(gk.rms_norm, x.to("meta")).backend == "none"
+    with pytest.raises(ValueError, match=r"genai_kernels\.explain: fn: expected an op"):
+        gk.explain(torch.relu, x)
+
+
+def test_explain_on_the_command_line(capsys):
+    assert (
+        cli.main(["explain", "rms_norm", "--shape", "4x64", "--dtype", "bf16", "--weight-shape", "64", "--eps=0.5"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "rms_norm(" in out
+    assert "x=bfloat16[4, 64], weight=bfloat16[64], eps=0.5" in out
+    assert cli.main(["explain", "rms_norm", "--sample", "strided_rows"]) == 0
+    assert "strides [80, 1]" in capsys.readouterr().out
+
+
+def test_explain_says_that_a_call_is_refused(capsys):
+    assert cli.main(["explain", "rms_norm", "--shape", "4x64", "--weight-shape", "63"]) == 1
+    assert "refused: ValueError: genai_kernels.rms_norm: weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [["--shape", "4x64", "--causal"], ["--eps", "1"], ["--sample", "nosuch"], ["--shape", "4x64", "stray"]]
+)
+def test_explain_with_a_wrong_command_line(options):
+    assert cli.main(["explain", "rms_norm", *options]) == 2
+
+
+# ---- demo ----
+
+
+def test_demo_outside_a_checkout_is_one_sentence(without_library, monkeypatch, capsys):
+    from genai_kernels.cli import demo
+
+    monkeypatch.setattr(demo, "_ROOT", without_library)
+    monkeypatch.chdir(without_library)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
