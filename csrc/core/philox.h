@@ -7,16 +7,16 @@
 
 namespace genai_kernels {
 
-// words[w][lane] = word w of Philox(counter = (c0[lane], c1[lane], c2, c3), key = seed).
+// words[w][lane] = word w of Philox(counter = (c0, c1[lane], c2[lane], c3), key = seed).
 template <int Lanes>
-[[gnu::always_inline]] inline void philox(const uint32_t (&c0)[Lanes], const uint32_t (&c1)[Lanes], uint32_t c2,
+[[gnu::always_inline]] inline void philox(uint32_t c0, const uint32_t (&c1)[Lanes], const uint32_t (&c2)[Lanes],
                                           uint32_t c3, uint64_t seed, uint32_t (&words)[4][Lanes]) {
   constexpr uint64_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
   constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
   for (int l = 0; l < Lanes; ++l) {
-    words[0][l] = c0[l];
+    words[0][l] = c0;
     words[1][l] = c1[l];
-    words[2][l] = c2;
+    words[2][l] = c2[l];
     words[3][l] = c3;
   }
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);

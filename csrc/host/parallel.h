@@ -14,20 +14,20 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-// f(item) for every item of [0, n), handed out in order to whichever thread is free. For items of unequal cost: put the
-// most expensive first. Which thread runs an item is left to chance, so items must not share anything they write.
-template <class F>
-void parallel_for_dynamic(int64_t n, const F& f) {
+// f(item, state) for every item of [0, n), handed out in order to whichever thread is free; `make_state()` gives each
+// thread its own state (scratch). For items of unequal cost: put the most expensive first. Which thread runs an item is
+// left to chance, so items must not share anything they write.
+template <class MakeState, class F>
+void parallel_for_dynamic(int64_t n, const MakeState& make_state, const F& f) {
   if (n <= 0) return;
   const int64_t threads = torch::stable::get_num_threads();
-  if (n == 1 || threads == 1) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
-  }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) f(i);
-  });
+  const auto work = [&](int64_t, int64_t) {
+    auto state = make_state();
+    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) f(i, state);
+  };
+  if (n == 1 || threads == 1) return work(0, 1);
+  torch::stable::parallel_for(0, threads < n ? threads : n, 1, work);
 }
 
 }  // namespace genai_kernels
