@@ -25,4 +25,6 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
+inline int64_t compute_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
+
 }  // namespace genai_kernels

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "core/dtype.h"
+
 namespace genai_kernels {
 
 struct Rows {
@@ -25,10 +27,31 @@ struct Rows {
     }
     return at;
   }
+  // Appends a dimension of the outer ones, merged with the one before where they are contiguous; false: no place left.
+  bool append(int64_t length_of_dim, int64_t stride_of_dim) {
+    count *= length_of_dim;
+    if (length_of_dim == 1) return true;
+    if (dims && stride[dims - 1] == stride_of_dim * length_of_dim) {
+      size[dims - 1] *= length_of_dim;
+      stride[dims - 1] = stride_of_dim;
+      return true;
+    }
+    if (dims == kMaxDims) return false;
+    size[dims] = length_of_dim;
+    stride[dims++] = stride_of_dim;
+    return true;
+  }
   template <class T>
   T* row(int64_t r) const {
     return static_cast<T*>(data) + offset(r);
   }
+};
+
+// A parameter of one row's length (weight, bias), in a dtype of its own, or absent.
+struct Parameter {
+  const void* data = nullptr;
+  int64_t stride = 1;
+  Dtype dtype = Dtype::f32;
 };
 
 }  // namespace genai_kernels

@@ -24,17 +24,67 @@ GK_INLINE void finish_row(const Rows& rows, int64_t r, const T* written) {
   for (int64_t i = 0; i < rows.length; ++i) row[i * rows.inner_stride] = written[i];
 }
 
-// Loads and stores of element i.. of a row of n: whole registers, and the last one only as far as it goes.
-template <class T>
-GK_INLINE Vec<Compute<T>> load_at(const T* row, int64_t i, int64_t n) {
-  return i + kLanesOf<Compute<T>> <= n ? load(row + i) : load_first(row + i, n - i);
+// One register's part of a row, whole or the end of it: what a kernel's text loads and stores through.
+struct Whole {
+  template <class T>
+  GK_INLINE Vec<Compute<T>> load_from(const T* p) const {
+    return load(p);
+  }
+  template <class T>
+  GK_INLINE void store_to(T* p, Vec<Compute<T>> v) const {
+    store(p, v);
+  }
+  template <class V>
+  GK_INLINE V or_zero(V v) const {  // zero in the lanes beyond the row
+    return v;
+  }
+};
+struct End {
+  int64_t count;
+  template <class T>
+  GK_INLINE Vec<Compute<T>> load_from(const T* p) const {
+    return load_first(p, count);
+  }
+  template <class T>
+  GK_INLINE void store_to(T* p, Vec<Compute<T>> v) const {
+    store_first(p, v, count);
+  }
+  template <class V>
+  GK_INLINE V or_zero(V v) const {
+    for (int lane = 0; lane < int(sizeof v / sizeof v[0]); ++lane)
+      if (lane >= count) v[lane] = 0;
+    return v;
+  }
+};
+
+// f(i, part) for every register of a row of n elements of the compute type C.
+template <class C, class F>
+GK_INLINE void for_each_register(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanesOf<C> <= n; i += kLanesOf<C>) f(i, Whole{});
+  if (i < n) f(i, End{n - i});
 }
-template <class T>
-GK_INLINE void store_at(T* row, int64_t i, int64_t n, Vec<Compute<T>> v) {
-  if (i + kLanesOf<Compute<T>> <= n)
-    store(row + i, v);
-  else
-    store_first(row + i, v, n - i);
+
+// A weight or bias in the compute type: where it lies if it is in it already, otherwise converted into scratch.
+template <class C>
+GK_INLINE const C* stage_parameter(const Parameter& parameter, int64_t n, C if_absent, C* scratch) {
+  constexpr Dtype kCompute = sizeof(C) == 8 ? Dtype::f64 : Dtype::f32;
+  if (!parameter.data) {
+    for (int64_t i = 0; i < n; ++i) scratch[i] = if_absent;
+    return scratch;
+  }
+  if (parameter.dtype == kCompute && parameter.stride == 1) return static_cast<const C*>(parameter.data);
+  switch_dtype(parameter.dtype, [&](auto type) {
+    using W = typename decltype(type)::type;
+    const W* from = static_cast<const W*>(parameter.data);
+    if constexpr (sizeof(Compute<W>) == sizeof(C))
+      if (parameter.stride == 1)
+        return for_each_register<C>(n, [&](int64_t i, auto part) {
+          part.store_to(scratch + i, part.load_from(from + i));
+        });
+    for (int64_t i = 0; i < n; ++i) scratch[i] = C(to_compute(from[i * parameter.stride]));
+  });
+  return scratch;
 }
 
 }  // namespace

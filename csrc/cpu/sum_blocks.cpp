@@ -9,21 +9,35 @@
 #include "cpu/vec.h"
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
+namespace {
 
-void sum_blocks_kernel(Dtype dtype, const void* partial, int64_t blocks, int64_t n, void* out, int64_t begin,
-                       int64_t end) {
+template <class P, class T>
+GK_INLINE void sum_columns(const P* partial, int64_t blocks, int64_t n, T* out, int64_t begin, int64_t end) {
+  constexpr int kColumns = 32;  // summed together: a few registers of doubles
+  for (int64_t j = begin; j < end; j += kColumns) {
+    const int count = end - j < kColumns ? int(end - j) : kColumns;
+    double sums[kColumns] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const P* row = partial + b * n + j;
+      if (count == kColumns)
+        for (int c = 0; c < kColumns; ++c) sums[c] += row[c];
+      else
+        for (int c = 0; c < count; ++c) sums[c] += row[c];
+    }
+    for (int c = 0; c < count; ++c) out[j + c] = from_compute<T>(Compute<T>(sums[c]));
+  }
+}
+
+}  // namespace
+
+void sum_blocks_kernel(bool in_double, const void* partial, int64_t blocks, int64_t n, Dtype dtype, void* out,
+                       int64_t begin, int64_t end) {
   switch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    using C = Compute<T>;
-    constexpr int kStep = kLanesOf<C>;
-    for (int64_t j = begin; j < end; j += kStep) {
-      const int64_t count = end - j < kStep ? end - j : kStep;
-      const C* column = static_cast<const C*>(partial) + j;
-      Vec<C> sum = {};
-      for (int64_t b = 0; b < blocks; ++b, column += n)
-        sum = sum + (count == kStep ? load(column) : load_first(column, count));
-      store_first(static_cast<T*>(out) + j, sum, count);
-    }
+    if (in_double)
+      sum_columns(static_cast<const double*>(partial), blocks, n, static_cast<T*>(out), begin, end);
+    else
+      sum_columns(static_cast<const float*>(partial), blocks, n, static_cast<T*>(out), begin, end);
   });
 }
 
@@ -32,8 +46,8 @@ void sum_blocks_kernel(Dtype dtype, const void* partial, int64_t blocks, int64_t
 #else
 
 GENAI_KERNELS_ISA_DISPATCH(void, sum_blocks_kernel,
-                           (Dtype dtype, const void* partial, int64_t blocks, int64_t n, void* out, int64_t begin,
-                            int64_t end),
-                           (dtype, partial, blocks, n, out, begin, end))
+                           (bool in_double, const void* partial, int64_t blocks, int64_t n, Dtype dtype, void* out,
+                            int64_t begin, int64_t end),
+                           (in_double, partial, blocks, n, dtype, out, begin, end))
 
 #endif

@@ -6,9 +6,9 @@
 
 namespace genai_kernels {
 
-// out[j] = partial[0][j] + partial[1][j] + ... for j in [begin, end), partial [blocks, n] in the compute type of `dtype`
-// (double for f64, otherwise float), out [n] in `dtype`.
-void sum_blocks_kernel(Dtype dtype, const void* partial, int64_t blocks, int64_t n, void* out, int64_t begin,
-                       int64_t end);
+// out[j] = partial[0][j] + partial[1][j] + ... for j in [begin, end), added in double. partial [blocks, n] is f64 if
+// `in_double`, otherwise f32; out [n] has the type `dtype`.
+void sum_blocks_kernel(bool in_double, const void* partial, int64_t blocks, int64_t n, Dtype dtype, void* out,
+                       int64_t begin, int64_t end);
 
 }  // namespace genai_kernels

@@ -209,18 +209,44 @@ GK_INLINE void store(fp16* p, VecF v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// The first `count` lanes (0 <= count <= lanes); the others are zero. Never touches memory beyond the elements.
+// The first `count` lanes (0 <= count <= lanes); the others are zero. Never touches memory beyond the elements: a masked
+// access reads and writes nothing where the mask is off, and faults nowhere there.
 template <class T>
 GK_INLINE Vec<Compute<T>> load_first(const T* p, int64_t count) {
+#if GENAI_KERNELS_ISA_LANES == 16
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) return (VecD)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  if constexpr (sizeof(T) == 4) return (VecF)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  if constexpr (sizeof(T) == 2) {
+    T padded[kLanes];
+    const __m256i halves = _mm256_maskz_loadu_epi16(__mmask16(mask), p);
+    __builtin_memcpy(padded, &halves, sizeof padded);
+    return load(padded);
+  }
+#else
   T padded[kLanesOf<Compute<T>>] = {};
   __builtin_memcpy(padded, p, count * sizeof(T));
   return load(padded);
+#endif
 }
 template <class T>
 GK_INLINE void store_first(T* p, Vec<Compute<T>> v, int64_t count) {
+#if GENAI_KERNELS_ISA_LANES == 16
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
+  if constexpr (sizeof(T) == 2) {
+    T padded[kLanes];
+    __m256i halves;
+    store(padded, v);
+    __builtin_memcpy(&halves, padded, sizeof halves);
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), halves);
+  }
+#else
   T padded[kLanesOf<Compute<T>>];
   store(padded, v);
   __builtin_memcpy(p, padded, count * sizeof(T));
+#endif
 }
 
 // Single elements.

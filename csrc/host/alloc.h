@@ -34,10 +34,9 @@ inline Tensor new_like(const Tensor& like) {
   return new_empty(like, like.sizes().data(), like.dim(), like.scalar_type());
 }
 
-// A tensor [blocks, n] for partial sums of a reduction whose result has the dtype `dtype`.
-inline Tensor new_partial_sums(const Tensor& like, Dtype dtype, int64_t blocks, int64_t n) {
-  using torch::headeronly::ScalarType;
-  return new_empty(like, {blocks, n}, dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
+// A gradient of a parameter summed over rows: [blocks, n] doubles for the blocks' sums.
+inline Tensor new_block_sums(const Tensor& like, int64_t blocks, int64_t n) {
+  return new_empty(like, {blocks, n}, torch::headeronly::ScalarType::Double);
 }
 
 }  // namespace genai_kernels

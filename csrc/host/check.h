@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -99,17 +100,16 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& t, 
 
 // An output that several indices share (an expanded tensor) cannot be written.
 inline void check_writable(const char* op, const char* name, const Tensor& t) {
-  for (int64_t i = 0; i < t.dim(); ++i)
-    GK_CHECK_VALUE(t.size(i) <= 1 || t.stride(i) != 0, op, name,
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; i < sizes.size(); ++i)
+    GK_CHECK_VALUE(sizes[i] <= 1 || strides[i] != 0, op, name,
                    ": expected a tensor without internal overlap, got stride 0 in dimension ", i,
                    "; pass a copy (.clone())");
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.size(i) != b.size(i)) return false;
-  return true;
+  const auto p = a.sizes(), q = b.sizes();
+  return std::equal(p.begin(), p.end(), q.begin(), q.end());
 }
 inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name,
                              const Tensor& like) {
@@ -139,6 +139,13 @@ inline void check_no_partial_overlap(const char* op, const char* name, const Ten
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) <= 1 || t.stride(i) == input.stride(i);
   GK_CHECK_VALUE(same, op, name, ": expected memory that does not overlap ", input_name,
                  " (or is exactly it), got a partial overlap");
+}
+
+// An `out` argument for a result like x, which may be x itself.
+inline void check_output(const char* op, const char* name, const Tensor& out, const char* x_name, const Tensor& x) {
+  check_same_dtype(op, name, out, x_name, x);
+  check_same_shape(op, name, out, x_name, x);
+  check_no_partial_overlap(op, name, out, x_name, x);
 }
 
 }  // namespace genai_kernels

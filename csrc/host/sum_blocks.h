@@ -6,13 +6,15 @@
 
 namespace genai_kernels {
 
-// out [n] = the sum of the rows of partial [blocks, n], in their order.
+// out [n], of type `dtype` = the sum of the rows of partial [blocks, n], float32 or float64, in their order.
 inline void sum_blocks(Dtype dtype, const Tensor& partial, const Tensor& out) {
   const int64_t blocks = partial.size(0), n = partial.size(1);
+  const bool in_double = partial.scalar_type() == torch::headeronly::ScalarType::Double;
   const void* data = partial.const_data_ptr();
   void* sums = out.mutable_data_ptr();
-  parallel_for(n, 1 + 16384 / (blocks + 1),
-               [&](int64_t begin, int64_t end) { sum_blocks_kernel(dtype, data, blocks, n, sums, begin, end); });
+  parallel_for_elements(n, blocks, [&](int64_t begin, int64_t end) {
+    sum_blocks_kernel(in_double, data, blocks, n, dtype, sums, begin, end);
+  });
 }
 
 }  // namespace genai_kernels

@@ -1,9 +1,9 @@
 // RMS norm on the CPU: y = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps), one row at a time, which stays in L1/L2
 // between the two passes over it. Backward recomputes rstd (a pass over a row in cache) instead of saving it:
 //
-//   g = dy * w,   dx = rstd * (g - x * rstd^2 * mean(g * x)),   dw = sum over rows of dy * x * rstd
+//   x^ = x * rstd,   g = dy * w,   dx = rstd * (g - x^ * mean(g * x^)),   dw = sum over rows of dy * x^
 //
-// dw is summed within blocks of kRowsPerBlock rows, then over the blocks in order: same bits for every thread count.
+// dw: four rows are multiplied and added in registers, then added to doubles; see core/row_blocks.h.
 #include "cpu/region_headers.h"
 #include "ops/rms_norm/rms_norm.h"
 
@@ -13,85 +13,84 @@
 #ifdef GENAI_KERNELS_ISA_NAME
 #include "cpu/vec.h"
 #include "cpu/staged_row.h"
+#include "cpu/row_sums.h"
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
 namespace {
 
-// Sum over a row in a fixed order: four accumulators, then halves.
-template <class C, class F>
-GK_INLINE C sum_row(int64_t n, F&& term) {
-  constexpr int kStep = kLanesOf<C>;
-  Vec<C> sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kStep <= n; i += 4 * kStep)
-    GK_UNROLL for (int j = 0; j < 4; ++j) sum[j] = term(i + j * kStep, sum[j]);
-  for (; i < n; i += kStep) sum[0] = term(i, sum[0]);
-  return horizontal_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+template <class T>
+Compute<T> row_rstd(const T* x, int64_t n, double eps) {
+  using C = Compute<T>;
+  double sum[1];
+  sum_row<C>(n, sum, [&](int64_t i, auto part, Vec<C>* acc) {
+    const Vec<C> v = part.load_from(x + i);
+    acc[0] = fma(v, v, acc[0]);
+  });
+  if (const C scale = rescue_scale<C>(sum[0], eps); scale != 1) [[unlikely]] {
+    sum_row<C>(n, sum, [&](int64_t i, auto part, Vec<C>* acc) {
+      const Vec<C> v = part.load_from(x + i) * scale;
+      acc[0] = fma(v, v, acc[0]);
+    });
+    sum[0] /= double(scale) * scale;
+  }
+  return reciprocal_root<C>(sum[0] / n, eps);
 }
 
-template <class C>
-GK_INLINE C reciprocal_rms(C sum_of_squares, int64_t n, double eps) {
-  if constexpr (sizeof(C) == 8)
-    return 1 / __builtin_sqrt(sum_of_squares / n + eps);
-  else
-    return 1 / __builtin_sqrtf(sum_of_squares / n + float(eps));
-}
-
-template <class T, bool Weighted>
-void forward_rows(const RmsNormParams& p, int64_t begin, int64_t end, T* scratch) {
+template <class T>
+void forward_rows(const RmsNormParams& p, int64_t begin, int64_t end, Compute<T>* scratch) {
   using C = Compute<T>;
   const int64_t n = p.x.length;
-  const T* weight = static_cast<const T*>(p.weight);
+  const C* weight = stage_parameter<C>(p.weight, n, 1, scratch);
+  T* staged = reinterpret_cast<T*>(scratch + n);
   for (int64_t r = begin; r < end; ++r) {
-    const T* x = read_row<T>(p.x, r, scratch);
-    const C sum = sum_row<C>(n, [&](int64_t i, Vec<C> acc) {
-      const Vec<C> v = load_at(x, i, n);
-      return fma(v, v, acc);
+    const T* x = read_row<T>(p.x, r, staged);
+    const Vec<C> rstd = broadcast(row_rstd(x, n, p.eps));
+    T* y = begin_row<T>(p.y, r, staged);
+    for_each_register<C>(n, [&](int64_t i, auto part) {
+      part.store_to(y + i, part.load_from(x + i) * rstd * part.load_from(weight + i));
     });
-    const Vec<C> rstd = broadcast(reciprocal_rms(sum, n, p.eps));
-    T* y = begin_row<T>(p.y, r, scratch);
-    for (int64_t i = 0; i < n; i += kLanesOf<C>) {
-      Vec<C> v = load_at(x, i, n) * rstd;
-      if constexpr (Weighted) v = v * load_at(weight, i, n);
-      store_at(y, i, n, v);
-    }
     finish_row<T>(p.y, r, y);
   }
 }
 
-template <class T, bool Weighted>
-void backward_block(const RmsNormParams& p, int64_t block, T* scratch) {
+// Rows r .. r + Group.
+template <int Group, class T>
+void backward_rows(const RmsNormParams& p, int64_t r, const Compute<T>* weight, double* dw, T* scratch) {
   using C = Compute<T>;
   const int64_t n = p.x.length;
-  const int64_t begin = block * kRmsNormRowsPerBlock;
-  const int64_t end = begin + kRmsNormRowsPerBlock < p.x.count ? begin + kRmsNormRowsPerBlock : p.x.count;
-  const T* weight = static_cast<const T*>(p.weight);
-  C* dw = Weighted ? static_cast<C*>(p.dw_partial) + block * n : nullptr;
-  if (Weighted)
-    for (int64_t i = 0; i < n; ++i) dw[i] = 0;
-  for (int64_t r = begin; r < end; ++r) {
-    const T* x = read_row<T>(p.x, r, scratch);
-    const T* dy = read_row<T>(p.dy, r, scratch + n);
-    auto g_at = [&](int64_t i) {
-      const Vec<C> v = load_at(dy, i, n);
-      if constexpr (Weighted) return v * load_at(weight, i, n);
-      return v;
+  const T *x[Group], *dy[Group];
+  T* dx[Group];
+  Vec<C> rstd[Group], pull[Group];
+  for (int j = 0; j < Group; ++j) {
+    x[j] = read_row<T>(p.x, r + j, scratch + 3 * j * n);
+    dy[j] = read_row<T>(p.dy, r + j, scratch + (3 * j + 1) * n);
+    dx[j] = begin_row<T>(p.dx, r + j, scratch + (3 * j + 2) * n);
+    double sums[2];
+    auto add = [&](C scale) {
+      sum_row<C>(n, sums, [&, scale](int64_t i, auto part, Vec<C>* acc) {
+        const Vec<C> v = part.load_from(x[j] + i) * scale;
+        acc[0] = fma(v, v, acc[0]);
+        acc[1] = fma(part.load_from(dy[j] + i) * part.load_from(weight + i), v, acc[1]);
+      });
     };
-    const C sum = sum_row<C>(n, [&](int64_t i, Vec<C> acc) {
-      const Vec<C> v = load_at(x, i, n);
-      return fma(v, v, acc);
-    });
-    const C dot = sum_row<C>(n, [&](int64_t i, Vec<C> acc) { return fma(g_at(i), load_at(x, i, n), acc); });
-    const C rstd = reciprocal_rms(sum, n, p.eps);
-    const Vec<C> scale = broadcast(rstd), pull = broadcast(-rstd * rstd * (dot / n));
-    T* dx = begin_row<T>(p.dx, r, scratch + 2 * n);
-    for (int64_t i = 0; i < n; i += kLanesOf<C>) {
-      const Vec<C> v = load_at(x, i, n);
-      if constexpr (Weighted) store_at(dw, i, n, fma(load_at(dy, i, n), v * scale, load_at(dw, i, n)));
-      store_at(dx, i, n, fma(v, pull, g_at(i)) * scale);
-    }
-    finish_row<T>(p.dx, r, dx);
+    add(1);
+    const C scale = rescue_scale<C>(sums[0], p.eps);
+    if (scale != 1) [[unlikely]] add(scale);
+    const C s = reciprocal_root<C>(sums[0] / (double(scale) * scale) / n, p.eps);
+    rstd[j] = broadcast(s);
+    pull[j] = broadcast(C(-sums[1] / scale / n * s));
   }
+  for_each_register<C>(n, [&](int64_t i, auto part) {
+    const Vec<C> w = part.load_from(weight + i);
+    Vec<C> sum = {};
+    GK_UNROLL for (int j = 0; j < Group; ++j) {
+      const Vec<C> normed = part.load_from(x[j] + i) * rstd[j], d = part.load_from(dy[j] + i);
+      sum = fma(d, normed, sum);
+      part.store_to(dx[j] + i, fma(normed, pull[j], d * w) * rstd[j]);
+    }
+    if (dw) add_to(dw + i, sum, part);
+  });
+  for (int j = 0; j < Group; ++j) finish_row<T>(p.dx, r + j, dx[j]);
 }
 
 }  // namespace
@@ -99,19 +98,24 @@ void backward_block(const RmsNormParams& p, int64_t block, T* scratch) {
 void rms_norm_fwd_kernel(const RmsNormParams& p, int64_t begin, int64_t end, void* scratch) {
   switch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    switch_bool(p.weight, [&](auto weighted) {
-      forward_rows<T, decltype(weighted)::value>(p, begin, end, static_cast<T*>(scratch));
-    });
+    forward_rows<T>(p, begin, end, static_cast<Compute<T>*>(scratch));
   });
 }
 
-void rms_norm_bwd_kernel(const RmsNormParams& p, int64_t begin, int64_t end, void* scratch) {
+void rms_norm_bwd_kernel(const RmsNormParams& p, const RowBlocks& blocks, int64_t begin, int64_t end, void* scratch) {
   switch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    switch_bool(p.weight, [&](auto weighted) {
-      for (int64_t block = begin; block < end; ++block)
-        backward_block<T, decltype(weighted)::value>(p, block, static_cast<T*>(scratch));
-    });
+    using C = Compute<T>;
+    const int64_t n = p.x.length;
+    const C* weight = stage_parameter<C>(p.weight, n, 1, static_cast<C*>(scratch));
+    T* staged = reinterpret_cast<T*>(static_cast<C*>(scratch) + n);
+    for (int64_t block = begin; block < end; ++block) {
+      double* dw = p.dw_partial ? p.dw_partial + block * n : nullptr;
+      for (int64_t i = 0; dw && i < n; ++i) dw[i] = 0;
+      int64_t r = blocks.begin(block);
+      for (; r + kRowGroup <= blocks.end(block); r += kRowGroup) backward_rows<kRowGroup, T>(p, r, weight, dw, staged);
+      for (; r < blocks.end(block); ++r) backward_rows<1, T>(p, r, weight, dw, staged);
+    }
   });
 }
 
@@ -123,7 +127,7 @@ GENAI_KERNELS_ISA_DISPATCH(void, rms_norm_fwd_kernel,
                            (const RmsNormParams& p, int64_t begin, int64_t end, void* scratch),
                            (p, begin, end, scratch))
 GENAI_KERNELS_ISA_DISPATCH(void, rms_norm_bwd_kernel,
-                           (const RmsNormParams& p, int64_t begin, int64_t end, void* scratch),
-                           (p, begin, end, scratch))
+                           (const RmsNormParams& p, const RowBlocks& blocks, int64_t begin, int64_t end, void* scratch),
+                           (p, blocks, begin, end, scratch))
 
 #endif

@@ -9,6 +9,7 @@ from ...registry import Accuracy, Sample, op, raise_double_backward
 __all__ = ["rms_norm"]
 
 _ops = torch.ops.genai_kernels
+_rms_norm = _ops.rms_norm.default  # without the search for an overload
 
 
 def rms_norm_reference(
@@ -28,6 +29,10 @@ def _torch(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def _huge(dtype: torch.dtype) -> float:
+    return 1e4 if dtype == torch.float16 else 1e30
+
+
 SAMPLES = [
     Sample("plain", lambda m: ((m(4, 7, 64), m(64)), {})),
     Sample("no_weight", lambda m: ((m(5, 48),), {"eps": 1e-5})),
@@ -38,6 +43,9 @@ SAMPLES = [
     Sample("strided_rows", lambda m: ((m(6, 80)[:, 8:72], m(64)), {})),
     Sample("strided_inner", lambda m: ((m(64, 6).t(), m(128)[::2]), {})),
     Sample("expanded", lambda m: ((m(1, 40).expand(5, 40), m(40)), {})),
+    Sample("huge", lambda m: ((m(5, 96, scale=_huge(m.dtype)), m(96)), {})),
+    Sample("float32_weight", lambda m: ((m(6, 96), m.float32(96)), {})),
+    Sample("four_dims", lambda m: ((m(2, 3, 4, 24).transpose(1, 2), m(24)), {})),
     Sample("empty", lambda m: ((m(0, 16), m(16)), {})),
     Sample("512x4096", lambda m: ((m(512, 4096), m(4096)), {}), bench=True, elements=2 * 512 * 4096,
            backward_elements=3 * 512 * 4096),
@@ -50,18 +58,19 @@ SAMPLES = [
     accuracy=Accuracy(),
     magnitude=_magnitude,
     peers={"torch": _torch},
-    overloads=("rms_norm", "rms_norm_bwd"),
+    overloads=("rms_norm", "rms_norm_out", "rms_norm_bwd"),
 )
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Root-mean-square layer normalisation: `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
-    Sums are float32 (float64 for float64) in a fixed order: the same bits whatever the other rows and threads.
+    Computed in float32 (float64 for float64), sums in a fixed order: the same bits whatever the other rows and threads.
+    Rows of any finite size: squares beyond the range of float32 do not overflow.
 
     Args:
         x: `[..., n]`, float32, bfloat16, float16 or float64, any strides.
-        weight: `[n]`, dtype of x, or None.
+        weight: `[n]`, any of these dtypes, or None.
         eps: added to the mean square, >= 0.
         out: written and returned instead of a new tensor; may be x itself. Not differentiable.
 
@@ -79,7 +88,7 @@ def rms_norm(
     tensor([[0.8485, 1.1314]])
     """
     if out is None:
-        return _ops.rms_norm(x, weight, eps)
+        return _rms_norm(x, weight, eps)
     _ops.rms_norm_out(x, weight, eps, out)
     return out
 
@@ -95,8 +104,9 @@ def _(x, weight, eps, out):
 
 
 @torch.library.register_fake("genai_kernels::rms_norm_bwd")
-def _(dy, x, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(0) if weight is None else x.new_empty(weight.shape)
+def _(dy, x, weight, eps, weight_grad):
+    parameter = x if weight is None else weight
+    return x.new_empty(x.shape), parameter.new_empty(x.shape[-1] if weight_grad and weight is not None else 0)
 
 
 def _save(ctx, inputs, output):
@@ -106,8 +116,9 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
-    dx, dweight = _ops.rms_norm_bwd(dy, x, weight, ctx.eps)
-    return dx, None if weight is None else dweight, None
+    wanted = ctx.needs_input_grad[1]
+    dx, dweight = _ops.rms_norm_bwd(dy, x, weight, ctx.eps, wanted)
+    return dx, dweight if wanted else None, None
 
 
 torch.library.register_autograd("genai_kernels::rms_norm", _backward, setup_context=_save)
