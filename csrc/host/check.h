@@ -129,6 +129,13 @@ inline ByteRange byte_range(const Tensor& t) {
   return {data, data + (last + 1) * int64_t(t.element_size())};
 }
 
+inline void check_no_overlap(const char* op, const char* name, const Tensor& t, const char* input_name,
+                             const Tensor& input) {
+  const ByteRange a = byte_range(t), b = byte_range(input);
+  GK_CHECK_VALUE(a.begin >= b.end || b.begin >= a.end, op, name, ": expected memory that does not overlap ", input_name,
+                 ", got an overlap");
+}
+
 // An output may be the input itself (same elements in the same places) where the kernel reads a row before it writes
 // it; any other overlap would read what was just written.
 inline void check_no_partial_overlap(const char* op, const char* name, const Tensor& t, const char* input_name,
