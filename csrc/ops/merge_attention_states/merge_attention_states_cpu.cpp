@@ -85,8 +85,9 @@ void merge_rows(const MergeAttentionStatesParams& p, int64_t begin, int64_t end,
     const Vec<C> weight_a = broadcast(C(weights.a)), weight_b = broadcast(C(weights.b));
     const T *a = read_row<T>(p.o_a, r, scratch), *b = read_row<T>(p.o_b, r, scratch + n);
     T* o = begin_row<T>(p.o, r, scratch);
-    for (int64_t i = 0; i < n; i += kLanesOf<C>)
-      store_at(o, i, n, fma(weight_a, load_at(a, i, n), weight_b * load_at(b, i, n)));
+    for_each_register<C>(n, [&](int64_t i, auto part) {
+      part.store_to(o + i, fma(weight_a, part.load_from(a + i), weight_b * part.load_from(b + i)));
+    });
     finish_row<T>(p.o, r, o);
   }
 }
@@ -108,11 +109,11 @@ GK_INLINE Doubles to_doubles(VecD v) { return {{v, VecD{}}}; }
 template <class T>
 GK_INLINE double dot_with_difference(const T* d_o, const T* a, const T* b, int64_t n) {
   VecD sum[2] = {};
-  for (int64_t i = 0; i < n; i += kLanesOf<Compute<T>>) {
-    const Doubles d = to_doubles(load_at(d_o, i, n)), x = to_doubles(load_at(a, i, n)),
-                  y = to_doubles(load_at(b, i, n));
+  for_each_register<Compute<T>>(n, [&](int64_t i, auto part) {
+    const Doubles d = to_doubles(part.load_from(d_o + i));
+    const Doubles x = to_doubles(part.load_from(a + i)), y = to_doubles(part.load_from(b + i));
     GK_UNROLL for (int j = 0; j < 2; ++j) sum[j] = fma(d.part[j], x.part[j] - y.part[j], sum[j]);
-  }
+  });
   return horizontal_sum<double>(sum[0] + sum[1]);
 }
 
@@ -148,11 +149,11 @@ void backward_rows(const MergeAttentionStatesParams& p, int64_t begin, int64_t e
     const Vec<C> weight_a = broadcast(C(weights.a)), weight_b = broadcast(C(weights.b));
     T* d_o_a = begin_row<T>(p.d_o_a, r, scratch + 3 * n);
     T* d_o_b = begin_row<T>(p.d_o_b, r, scratch + 4 * n);
-    for (int64_t i = 0; i < n; i += kLanesOf<C>) {
-      const Vec<C> d = load_at(d_o, i, n);
-      store_at(d_o_a, i, n, weight_a * d);
-      store_at(d_o_b, i, n, weight_b * d);
-    }
+    for_each_register<C>(n, [&](int64_t i, auto part) {
+      const Vec<C> d = part.load_from(d_o + i);
+      part.store_to(d_o_a + i, weight_a * d);
+      part.store_to(d_o_b + i, weight_b * d);
+    });
     finish_row<T>(p.d_o_a, r, d_o_a);
     finish_row<T>(p.d_o_b, r, d_o_b);
   }
