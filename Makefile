@@ -29,7 +29,7 @@ test: library-dev  ## the test suite
 	$(PY) -m pytest --ignore=tests/packaging $(if $(OP),--op=$(OP)) $(ARGS)
 
 packaging: venv-dev  ## the wheel, the sdist and the editable install, built and tried in environments of their own
-	$(PY) -m pytest tests/packaging $(ARGS)
+	$(PY) -m pytest --durations=5 tests/packaging $(ARGS)
 
 bench: library-run  ## ours and the peers in one run, every op
 	$(PY) -m benchmarks.run $(if $(OP),--op $(OP)) $(ARGS)

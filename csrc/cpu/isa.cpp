@@ -4,12 +4,26 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace genai_kernels {
+namespace {
+
+#if defined(__x86_64__)
+bool f16c_supported() {  // Clang before 19 does not know __builtin_cpu_supports("f16c")
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
+}  // namespace
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // these return a mask, not 0/1
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c_supported();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
