@@ -62,7 +62,24 @@ class Sample:
     elements: float = 0.0  # read and written by the forward, for memory-bound ops
     backward_flops: float = 0.0
     backward_elements: float = 0.0
-    peers: tuple[str, ...] | None = None  # names of Op.peers; None: all
+    peers: tuple[str, ...] | None = None  # names of Op.peers, and "eager"; None: all
+
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A smaller call of an op whose results are some of a larger call's: how a result that is too large for a float64
+    reference is checked all the same.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Sequence[Index]  # of each output of the larger call: the part that the smaller call computes
+    # of the gradient of each floating argument that both calls have, in order: which of the larger call's is which of
+    # the smaller's, given that the smaller call's cotangents are the larger's at `outputs`
+    gradients: Sequence[tuple[Index, Index]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,8 @@ class Op:
     exact: bool = False  # results are compared bit for bit
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # same arguments as the op
     overloads: tuple[str, ...] = ()  # names of the torch ops behind it, for opcheck and explain
+    # parts(*args, **kwargs): what to check of a call that is too large to be checked as a whole; empty: check it whole
+    parts: Callable[..., Sequence[Part]] | None = None
     path: Callable[..., str] | None = None  # path(*args, **kwargs): which code path a call takes, for explain
 
 

@@ -1,10 +1,12 @@
 """The commands: exit codes, what they refuse, and what they write."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ import torch
 import genai_kernels as gk
 from genai_kernels import cli
 from genai_kernels.accuracy import verify_sample
-from genai_kernels.cli import console, doctor
-from genai_kernels.registry import OPS, Accuracy, Op, Sample
+from genai_kernels.cli import console, doctor, report
+from genai_kernels.cli.plots import Line, line_plot
+from genai_kernels.cli.report import Section
+from genai_kernels.cli.timing import interleaved
+from genai_kernels.registry import OPS, Accuracy, Op, Part, Sample
 
 PACKAGE = Path(gk.__file__).parent
 
@@ -234,3 +239,176 @@ def test_demo_outside_a_checkout_is_one_sentence(without_library, monkeypatch, c
     monkeypatch.chdir(without_library)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- bench ----
+
+
+@pytest.fixture(autouse=True)
+def _little_memory(monkeypatch):
+    """A small buffer for the rate of memory, which no test looks at closely."""
+    monkeypatch.setattr("genai_kernels.cli.machine._memory_bytes", lambda: 2**26)
+
+
+QUICK = ["bench", "--op", "planted", "--dtype", "float32", "--threads", "1", "--seconds", "0.01"]
+
+
+def test_bench_writes_what_it_measured(planted_right, tmp_path, capsys):
+    files = [tmp_path / name for name in ("new.json", "new.csv", "new.png")]
+    assert cli.main([*QUICK, "--json", str(files[0]), "--csv", str(files[1]), "--png", str(files[2])]) == 0
+    found = json.loads(files[0].read_text())
+    assert found["schema"] == 1
+    assert {"id", "cpu", "caches", "cores", "isa", "torch", "compiler", "governor", "load"} <= set(found["machine"])
+    assert found["limits"]["1"]["peaks"]["fma_f32"] > 0
+    assert found["limits"]["1"]["memory"]["read"] > 0
+    forward, backward = found["cases"]
+    assert (forward["pass"], backward["pass"]) == ("forward", "backward")
+    for case in found["cases"]:
+        assert set(case["timings"]) == {"ours", "eager", "twice"}
+        assert not case["refused"]
+        assert not case["failed"]
+        timing = case["timings"]["ours"]
+        assert 0 < timing["low"] <= timing["median"] <= timing["high"]
+        assert timing["rounds"] >= 5
+        assert case["limit"]["what"] == "copy"
+        assert case["share"] == pytest.approx(2 * 4096 * 4 / timing["median"] / case["limit"]["rate"])
+    assert len(files[1].read_text().splitlines()) == 3
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+    assert "planted" in capsys.readouterr().out
+
+    old = json.loads(files[0].read_text())
+    for case in old["cases"]:
+        case["timings"]["ours"]["median"] *= 1e6
+    old["machine"].update(id="another", cores=999)
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert cli.main([*QUICK, "--compare", str(tmp_path / "old.json")]) == 0
+    out = capsys.readouterr().out
+    assert "now against before" in out
+    assert "cores: 999 ->" in out
+
+
+def test_no_speed_for_a_wrong_result(planted, tmp_path, capsys):
+    assert cli.main([*QUICK, "--json", str(tmp_path / "new.json")]) == 1
+    forward, backward = json.loads((tmp_path / "new.json").read_text())["cases"]
+    assert forward["timings"] == {}
+    assert backward["timings"] == {}
+    assert "wrong result: output 0: largest error" in forward["refused"]
+    assert "wrong result: gradient 0: largest error" in backward["refused"]
+    assert "REFUSED planted 64x64 float32 forward: wrong result" in capsys.readouterr().out
+
+
+def test_no_speed_for_results_that_change_after_the_check(monkeypatch, tmp_path):
+    right = scaled(1.0)
+    calls = 0
+
+    def drifts(x):
+        nonlocal calls
+        calls += 1
+        return x * 2.0 if calls < 3 else x * 2.0 * (1 + 2**-20)
+
+    monkeypatch.setitem(OPS, "planted", dataclasses.replace(right, function=drifts, differentiable=False))
+    assert cli.main([*QUICK, "--json", str(tmp_path / "new.json")]) == 1
+    (case,) = json.loads((tmp_path / "new.json").read_text())["cases"]
+    assert "other bits" in case["refused"]
+    assert case["timings"] == {}
+
+
+def test_peers_that_refuse_and_that_are_wrong_have_no_time(monkeypatch, tmp_path, capsys):
+    def refuses(x):
+        raise RuntimeError("not on this machine")
+
+    op = dataclasses.replace(
+        scaled(1.0), peers={"absent": refuses, "wrong": lambda x: x * 2.5, "twice": lambda x: x + x}
+    )
+    monkeypatch.setitem(OPS, "planted", op)
+    assert cli.main([*QUICK, "--json", str(tmp_path / "new.json")]) == 0
+    case = json.loads((tmp_path / "new.json").read_text())["cases"][0]
+    assert set(case["timings"]) == {"ours", "eager", "twice"}
+    assert case["failed"]["absent"] == "RuntimeError: not on this machine"
+    assert case["failed"]["wrong"].startswith("wrong result")
+    assert "absent has no time in planted forward: RuntimeError: not on this machine" in capsys.readouterr().out
+
+
+def two_halves(x):
+    """The lower half of the rows of a call of `planted`, checked alone."""
+    lower = (slice(32, 64),)
+    return [Part((x[32:].detach(),), {}, outputs=[lower], gradients=[(lower, (slice(None),))])]
+
+
+@pytest.mark.parametrize("wrong_row", [0, 40])
+def test_a_part_of_a_large_result_is_really_checked(monkeypatch, tmp_path, wrong_row):
+    """Only the named part is compared, and with the right rows of the timed call's own output and gradient."""
+
+    def function(x):
+        factor = torch.full((len(x), 1), 2.0)
+        factor[wrong_row % len(x)] = 2.1
+        return x * factor
+
+    op = dataclasses.replace(scaled(1.0), function=function, parts=two_halves)
+    monkeypatch.setitem(OPS, "planted", op)
+    assert cli.main([*QUICK, "--json", str(tmp_path / "new.json")]) == (1 if wrong_row == 40 else 0)
+    cases = json.loads((tmp_path / "new.json").read_text())["cases"]
+    assert [bool(case["refused"]) for case in cases] == [wrong_row == 40] * 2
+
+
+def test_bench_options(planted):
+    for options in (["--threads", "0"], ["--threads", "two"], ["--op", "nosuch"], ["--dtype", "int8"]):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["bench", *options])
+        assert exit.value.code == 2
+    assert cli.main([*QUICK, "--compare", "/nonexistent.json"]) == 2
+
+
+def test_overhead(tmp_path, planted_right):
+    assert cli.main(["bench", "--overhead", "--op", "planted", "--json", str(tmp_path / "new.json")]) == 0
+    rows = json.loads((tmp_path / "new.json").read_text())["overhead"]
+    assert [row["mode"] for row in rows] == ["inference_mode", "no_grad", "autograd"]
+    assert all(row["ratio"] == pytest.approx(row["ours"] / row["add"]) for row in rows)
+
+
+def test_timings_are_interleaved():
+    order = []
+    calls = {name: (lambda name=name: (order.append(name), time.sleep(2e-3))) for name in "ab"}
+    timings, limit = interleaved(calls, seconds=0.02, limit=lambda: order.append("limit") or 5.0)
+    turns = order[2:]  # after one call each, to see how long they take
+    assert turns[:6] == ["a", "b", "limit"] * 2
+    assert timings["a"].rounds == turns.count("a")
+    assert timings["a"].median >= 2e-3
+    assert limit.median == 5.0
+
+
+def test_the_limits_of_the_machine():
+    kernels = torch.ops.genai_kernels
+    assert kernels.measure_peak("fma_f32", 10) > 0
+    has_dot = kernels.isa() == "avx512_bf16"
+    assert (kernels.measure_peak("dot_bf16", 10) > 0) == has_dot
+    buffer = torch.arange(1001, dtype=torch.float32)
+    assert kernels.measure_stream("read", buffer) > 0
+    assert torch.equal(buffer, torch.arange(1001.0))
+    kernels.measure_stream("copy", buffer[:1000])
+    assert torch.equal(buffer, torch.cat([torch.arange(500.0), torch.arange(500.0), torch.tensor([1000.0])]))
+    with pytest.raises(ValueError, match="measure_peak: what: expected fma_f32"):
+        kernels.measure_peak("warp", 10)
+    with pytest.raises(ValueError, match="measure_stream: buffer: expected a contiguous"):
+        kernels.measure_stream("copy", torch.ones(4, 4).t())
+
+
+# ---- reports ----
+
+
+def test_html_report_is_self_contained(tmp_path):
+    line_plot(tmp_path / "a.png", [Line("x < y", [1, 2, 4], [1, 2, 3])], title="t", xlabel="x", ylabel="y", log_x=True)
+    sections = [Section("A & B", "one\n\ntwo", [(("op", "ms"), [("<b>", "1.5")])], [tmp_path / "a.png"])]
+    report.html_report(tmp_path / "r.html", "Title", sections)
+    page = (tmp_path / "r.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "A &amp; B" in page
+    assert "&lt;b&gt;" in page
+    assert "<td class=number>1.5</td>" in page
+    assert "http" not in page
+
+
+def test_plots_without_matplotlib_say_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("genai_kernels.cli.plots.available", lambda: False)
+    assert not line_plot(tmp_path / "a.png", [], title="", xlabel="", ylabel="")
+    assert not (tmp_path / "a.png").exists()

@@ -32,8 +32,8 @@ double measure_peak(std::string what, int64_t iterations) {
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<Slot> slots(threads);
   const auto start = Clock::now();
-  parallel_for_dynamic(threads, [&](int64_t thread) {
-    slots[thread].operations = peak_kernel(Peak(kind), iterations, slots[thread].values);
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) slots[i].operations = peak_kernel(Peak(kind), iterations, slots[i].values);
   });
   const double seconds = seconds_since(start);
   double operations = 0;
