@@ -371,7 +371,10 @@ def test_timings_are_interleaved():
     calls = {name: (lambda name=name: (order.append(name), time.sleep(2e-3))) for name in "ab"}
     timings, limit = interleaved(calls, seconds=0.02, limit=lambda: order.append("limit") or 5.0)
     turns = order[2:]  # after one call each, to see how long they take
-    assert turns[:6] == ["a", "b", "limit"] * 2
+    rounds = " ".join(turns).removesuffix(" limit").split(" limit ")
+    assert set(rounds) <= {"a b", "a", "b"}  # whichever needs fewer rounds is left out of some
+    assert "a b" in rounds
+    assert len(rounds) == limit.rounds >= 5
     assert timings["a"].rounds == turns.count("a")
     assert timings["a"].median >= 2e-3
     assert limit.median == 5.0

@@ -11,9 +11,9 @@ import torch
 from ..accuracy import Verdict, compare, map_tensors
 from ..registry import Index, Make, Op, Part, Sample
 
-# A peer may round at more places than eager does, but must not be another function: its error may be this many times
-# what the rule allows ours.
-PEER_FACTOR = 4.0
+# A peer may be less exact than eager, and its errors are reported, but it must not be another function: they may be
+# this many times what the rule allows ours (compiled column sums in float32 were seen at 5).
+PEER_FACTOR = 16.0
 
 Results = list[torch.Tensor]
 

@@ -126,6 +126,15 @@ def _share(case: Json) -> str:
     return f"{100 * case['share']:.0f} % of {case['limit']['rate'] / 1e9:.0f} {unit}"
 
 
+def _inexact(case: Json, name: str) -> str:
+    """A remark on a peer that is clearly less exact than eager."""
+    check = case["checks"].get(name, {"error": 0.0, "eager_error": 0.0})
+    if check["error"] <= 2 * check["eager_error"]:
+        return ""
+    times = check["error"] / check["eager_error"] if check["eager_error"] else float("inf")
+    return f" (error {times:.1f}x eager's)"
+
+
 def case_table(cases: Sequence[Json]) -> Table:
     """Columns and rows: one row a case: our time, everyone's ratio to it, the share of the limit, the errors."""
     columns = (
@@ -149,7 +158,7 @@ def case_table(cases: Sequence[Json]) -> Table:
                 _share(case),
                 f"{check['error']:.1e}" if timing else "-",
                 f"{check['eager_error']:.1e}" if timing else "-",
-                ", ".join(f"{name} {_times(ratio(case, name))}" for name in peers_of(case)) or "-",
+                ", ".join(f"{n} {_times(ratio(case, n))}{_inexact(case, n)}" for n in peers_of(case)) or "-",
             )
         )
     return columns, rows
