@@ -36,7 +36,7 @@ def extension_arguments() -> dict:
             "genai_kernels: the build needs torch>=2.10 in the environment: run `pip install torch`, then again"
         ) from error
     os.environ.setdefault("MAX_JOBS", str(available_jobs()))
-    optimise = ["-O1", "-g", "-UNDEBUG"] if os.environ.get("GENAI_KERNELS_DEBUG") == "1" else ["-O3"]
+    optimise = ["-O1", "-g", "-UNDEBUG"] if os.environ.get("GENAI_KERNELS_DEBUG") == "1" else ["-O3", "-g0"]
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
     extension = CppExtension(

@@ -8,6 +8,10 @@ template <class T>
 struct TypeTag {
   using type = T;
 };
+template <class A, class B>
+inline constexpr bool is_same = false;
+template <class A>
+inline constexpr bool is_same<A, A> = true;
 template <bool B>
 struct BoolTag {
   static constexpr bool value = B;

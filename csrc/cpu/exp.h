@@ -7,31 +7,34 @@ namespace {
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kLn2 = 0x1.62e430p-1f;
 
-// 2^t for t <= 0, for softmax: exactly 1 at 0, exactly 0 below -126, NaN stays NaN. t = n + r with |r| <= 1/2; n is read
-// off the low mantissa bits of t + 1.5 * 2^23 (the bias 127 is in the constant), 2^r is a minimax polynomial of degree 5
-// with p(0) = 1: relative error 9.2e-8 before rounding, at most 2 ULP after.
-GK_INLINE VecF exp2_nonpositive(VecF t) {
+// e^x for x <= 0, for softmax: exactly 1 at 0, exactly 0 below -87.3 (where it would be denormal), NaN stays NaN. x = n
+// ln2 + r in two pieces of ln2; n is read off the low mantissa bits of x log2(e) + 1.5 * 2^23 (the bias 127 is in the
+// constant), e^r is a minimax polynomial of degree 6 with p(0) = 1: relative error 2.0e-9 before rounding.
+GK_INLINE VecF exp_nonpositive(VecF x) {
   const VecF shifter = broadcast(0x1.8000fep23f);  // 1.5 * 2^23 + 127
-  const VecF shifted = t + shifter;
-  const VecF r = t - (shifted - shifter);
-  VecF p = broadcast(0x1.5bb92ap-10f);
-  p = fma(p, r, broadcast(0x1.3ceb6cp-7f));
-  p = fma(p, r, broadcast(0x1.c6b75ap-5f));
-  p = fma(p, r, broadcast(0x1.ebf9bap-3f));
-  p = fma(p, r, broadcast(0x1.62e42ap-1f));
+  const VecF shifted = fma(x, broadcast(kLog2E), shifter);
+  const VecF n = shifted - shifter;
+  VecF r = fma(n, broadcast(-0x1.62e4p-1f), x);
+  r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);
+  VecF p = broadcast(0x1.6ae68ep-10f);
+  p = fma(p, r, broadcast(0x1.12682ep-7f));
+  p = fma(p, r, broadcast(0x1.555826p-5f));
+  p = fma(p, r, broadcast(0x1.555418p-3f));
+  p = fma(p, r, broadcast(0x1.fffffcp-2f));
+  p = fma(p, r, broadcast(1.0f));
   p = fma(p, r, broadcast(1.0f));
   const VecF power = bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
 #if GENAI_KERNELS_ISA_LANES == 16
-  const __mmask16 representable = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  const __mmask16 representable = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
   return (VecF)_mm512_maskz_mul_ps(representable, (__m512)p, (__m512)power);
 #else
   const VecF y = p * power;
-  return t < broadcast(-126.0f) ? VecF{} : y;
+  return x < broadcast(-87.3f) ? VecF{} : y;
 #endif
 }
-GK_INLINE VecD exp2_nonpositive(VecD t) {
+GK_INLINE VecD exp_nonpositive(VecD x) {
   VecD y;
-  for (int i = 0; i < kLanesOf<double>; ++i) y[i] = __builtin_exp2(t[i]);
+  for (int i = 0; i < kLanesOf<double>; ++i) y[i] = __builtin_exp(x[i]);
   return y;
 }
 

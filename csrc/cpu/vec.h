@@ -40,6 +40,7 @@ template <class C>
 constexpr int kLanesOf = kRegisterBytes / int(sizeof(C));
 
 #define GK_INLINE [[gnu::always_inline]] inline
+#define GK_LAMBDA_INLINE __attribute__((always_inline))
 // GCC leaves small arrays of registers in memory unless every loop over them is unrolled.
 #define GK_UNROLL _Pragma("GCC unroll 64")
 
