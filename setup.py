@@ -30,7 +30,7 @@ def extension_arguments() -> dict:
     if os.environ.get("GENAI_KERNELS_SDIST") or "sdist" in sys.argv or "egg_info" in sys.argv[:2]:
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError as error:
         raise SystemExit(
             "genai_kernels: the build needs torch>=2.10 in the environment: run `pip install torch`, then again"
@@ -54,7 +54,9 @@ def extension_arguments() -> dict:
             "-Wno-psabi",  # vectors are passed inside one object file only
             "-Wno-uninitialized",  # GCC 12 reports its own AVX-512 intrinsics
             "-Wno-maybe-uninitialized",
-            f"-ffile-prefix-map={ROOT}/=",  # no path of the build machine in the binary
+            "-Wno-unknown-warning-option",  # Clang has not all of the above
+            f"-ffile-prefix-map={ROOT}/=",  # no path of the build machine in the binary: same bits wherever it is built
+            f"-ffile-prefix-map={include_paths()[0]}/=",
             f'-DGENAI_KERNELS_VERSION="{read_version()}"',
             TARGET_TORCH,
         ],
