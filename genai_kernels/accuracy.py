@@ -169,7 +169,7 @@ def _pooled(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def verify_sample(
-    op: Op, sample: Sample, dtype: torch.dtype, backward: bool = True, seed: int = 0, draws: int = 4
+    op: Op, sample: Sample, dtype: torch.dtype, backward: bool = True, seed: int = 0, draws: int = 8
 ) -> list[Verdict]:
     """Runs one sample three ways and returns a verdict for each output and gradient.
 

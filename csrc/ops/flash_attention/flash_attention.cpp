@@ -258,7 +258,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
     const OptionalTensor& slopes, const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& sink,
     const OptionalTensor& rng_state, int64_t left, int64_t right, double scale, double softcap, double dropout_p,
     bool bias_grad) {
-  GK_CHECK_IMPLEMENTED(false, kOp, "backward: expected in the next commit");
   FlashAttentionParams p = checked_params(
       {q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p});
   const bool packed = p.cu_q;

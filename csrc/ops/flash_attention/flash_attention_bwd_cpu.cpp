@@ -1,8 +1,414 @@
-// stub until the next commit
+// Flash attention backward on the CPU: the scores are computed again from q, k and lse, and with (README.md derives it)
+//
+//     P = exp(S - lse)     dP = dO V^T     dS = P (dP - delta)     delta = sum(dO O) - dlse
+//
+// the five products are, for a tile of queries in the lanes and a step of keys in the rows,
+//
+//     S^T  = K Q^T         A = K as it lies, B = Q^T          dV += P^T dO     A = P^T, B = dO as it lies
+//     dP^T = V dO^T        A = V as it lies, B = dO^T         dK += dS^T Q     A = dS^T, B = Q as it lies
+//                                                             dQ += dS K       A = dS^T read down, B = K as it lies
+//
+// Sums are float32 (float64 for float64) whatever the stored type, in the order of the tiles: dK and dV over the
+// queries, dQ over the keys. Nothing is added by two threads, so the bits depend on no thread count.
+#include "cpu/region_headers.h"
 #include "ops/flash_attention/flash_attention.h"
-namespace genai_kernels {
-int64_t flash_attention_bwd_scratch(const FlashAttentionParams&, Gradients){return 0;}
-void flash_attention_delta_kernel(const FlashAttentionParams&, int64_t, int64_t){}
-void flash_attention_bwd_kernel(const FlashAttentionParams&, Gradients, int64_t, int64_t,int64_t, void*){}
-void flash_attention_dbias_kernel(const FlashAttentionParams&, const Range&, void*){}
+
+#define GENAI_KERNELS_ISA_FILE "ops/flash_attention/flash_attention_bwd_cpu.cpp"
+#include "cpu/foreach_isa.h"
+
+#ifdef GENAI_KERNELS_ISA_NAME
+#include "cpu/vec.h"
+#include "cpu/exp.h"
+#include "cpu/tanh.h"
+#include "cpu/tile_gemm.h"
+#include "cpu/transpose.h"
+#include "ops/flash_attention/tile.h"
+
+namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
+namespace {
+
+constexpr int kSteps = kBackwardKeys / kTileKeys;  // steps of keys that are packed together
+
+template <class C>
+struct BackwardScratch {
+  static constexpr int kSize = kTileQueries<C>;
+  int64_t head_stride, value_stride;  // of a packed row
+  TileRows<C>* rows;
+  C *k, *v, *dk, *dv;           // [kBackwardKeys][stride]
+  C *q_t, *do_t, *q, *dout;     // a tile of queries: [dim][lanes] and [lanes][stride]
+  C *s, *dp, *extra, *cap;      // [kTileKeys][lanes]
+  C *lse, *delta;               // [lanes]
+  C* dq;                        // [rows of the item][stride]
+  void* stage;
+  bool q_finite, dout_finite, k_finite[kSteps];
+  char* end;
+
+  BackwardScratch(const FlashAttentionParams& p, int64_t dq_rows, void* memory) {
+    Arena arena(memory);
+    head_stride = round_up(p.head_dim, kLanesOf<C>);
+    value_stride = round_up(p.value_dim, kLanesOf<C>);
+    rows = arena.take<TileRows<C>>(1);
+    k = arena.take<C>(kBackwardKeys * head_stride);
+    dk = arena.take<C>(kBackwardKeys * head_stride);
+    v = arena.take<C>(kBackwardKeys * value_stride);
+    dv = arena.take<C>(kBackwardKeys * value_stride);
+    q_t = arena.take<C>(kSize * head_stride);
+    q = arena.take<C>(kSize * head_stride);
+    do_t = arena.take<C>(kSize * value_stride);
+    dout = arena.take<C>(kSize * value_stride);
+    s = arena.take<C>(kTileKeys * kSize);
+    dp = arena.take<C>(kTileKeys * kSize);
+    extra = arena.take<C>(p.bias.data || p.mask.data ? kTileKeys * kSize : 0);
+    cap = arena.take<C>(p.softcap > 0 ? kTileKeys * kSize : 0);
+    lse = arena.take<C>(kSize);
+    delta = arena.take<C>(kSize);
+    stage = arena.take<double>(kLanes * max_of(p.head_dim, p.value_dim));
+    dq = arena.take<C>(dq_rows * head_stride);
+    end = arena.end();
+  }
+};
+
+// out[lanes][stride] = the rows of a tile as they are, zeros in the lanes past the last one. False if not all finite.
+template <class C, class T>
+bool pack_query_rows(const FlashAttentionParams& p, const HeadsView& view, int64_t batch, const TileRows<C>& rows,
+                     int64_t dim, C* out, int64_t stride, T* stage) {
+  Finiteness<C> finite;
+  for (int lane = 0; lane < kTileQueries<C>; ++lane, out += stride) {
+    const T* row = lane < rows.count
+                       ? contiguous(token_of<T>(view, batch, p.query_begin(batch) + rows.query[lane], rows.head[lane]),
+                                    view.dim, dim, stage)
+                       : nullptr;
+    for (int64_t d = 0; d < dim; d += kLanesOf<C>) {
+      const Vec<C> x = row ? load_at(row, d, dim) : Vec<C>{};
+      finite.see(x);
+      store(out + d, x);
+    }
+  }
+  return finite.all_finite();
 }
+
+// out[kTileRows][Vectors] += A B for one panel of rows.
+template <class C, int Vectors>
+[[gnu::noinline]] void add_product_panel(const C* a, int64_t row_stride, int64_t depth_stride, const C* b,
+                                         int64_t b_stride, int64_t depth, C* out, int64_t out_stride) {
+  Vec<C> c[kTileRows][Vectors];
+  multiply<Fma<C>>(c, a, row_stride, depth_stride, b, b_stride, depth);
+  GK_UNROLL for (int i = 0; i < kTileRows; ++i)
+    GK_UNROLL for (int j = 0; j < Vectors; ++j) {
+      C* to = out + i * out_stride + j * kLanesOf<C>;
+      store(to, load(to) + c[i][j]);
+    }
+}
+
+// out[rows][stride] += A[rows][depth] B[depth][stride]; the dims lie in the lanes. skip_zeros: without multiplying by a
+// zero of A (a hidden score), for a B that holds NaN or infinity.
+template <class C>
+void add_product(const C* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const C* b, int64_t stride,
+                 int64_t depth, C* out, bool skip_zeros) {
+  if (skip_zeros) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < depth; ++d)
+        if (const C factor = a[r * row_stride + d * depth_stride]; factor != 0)
+          for (int64_t i = 0; i < stride; ++i) out[r * stride + i] += factor * b[d * stride + i];
+    return;
+  }
+  const int64_t vectors = stride / kLanesOf<C>;
+  for (int64_t j = 0; j < vectors;) {
+    const int64_t left = vectors - j, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;  // 4 = 2 + 2
+    const auto panel = width == 1   ? add_product_panel<C, 1>
+                       : width == 2 ? add_product_panel<C, 2>
+                                    : add_product_panel<C, 3>;
+    for (int64_t r = 0; r < rows; r += kTileRows)
+      panel(a + r * row_stride, row_stride, depth_stride, b + j * kLanesOf<C>, stride, depth,
+            out + r * stride + j * kLanesOf<C>, stride);
+    j += width;
+  }
+}
+
+// In place, for a step of keys: s becomes P^T (after dropout, what multiplies V) and dp becomes dS^T, the gradient of the
+// score before it is divided by the softcap's slope.
+template <class C, bool Dropout>
+[[gnu::noinline]] void score_gradients(const FlashAttentionParams& p, int64_t batch, const BackwardScratch<C>& scratch,
+                                       int64_t key, int64_t keys) {
+  constexpr int kStep = kLanesOf<C>, kSize = kTileQueries<C>;
+  const Vec<C> unit = broadcast(scores_are_modified(p) ? C(1) : C(p.scale)), hidden = broadcast(-kInfinity<C>);
+  alignas(64) C factor[4][kSize];
+  for (int64_t i = 0; i < keys; ++i) {
+    if constexpr (Dropout)
+      if (i % 4 == 0) dropout_factors(p, batch, *scratch.rows, key + i, factor);
+    GK_UNROLL for (int j = 0; j < kTileVectors; ++j) {
+      C* s = scratch.s + i * kSize + j * kStep;
+      C* dp = scratch.dp + i * kSize + j * kStep;
+      const Vec<C> score = load(s), probability = exp_nonpositive(fma(score, unit, -load(scratch.lse + j * kStep)));
+      Vec<C> kept = probability, gradient = load(dp);
+      if constexpr (Dropout) {
+        const Vec<C> by = load(factor[i % 4] + j * kStep);
+        kept = probability * by;
+        gradient = gradient * by;
+      }
+      gradient = probability * (gradient - load(scratch.delta + j * kStep));
+      store(s, kept);
+      store(dp, score == hidden ? Vec<C>{} : gradient);  // a hidden key's dP may be NaN
+    }
+  }
+}
+
+// S, dP, P and dS of the tile of queries in `scratch` for the keys [begin, end) of the step that begins at `key`.
+template <class C>
+void differentiate_scores(const FlashAttentionParams& p, int64_t batch, const BackwardScratch<C>& scratch, int64_t step,
+                          int64_t key, int64_t begin, int64_t end) {
+  constexpr int kSize = kTileQueries<C>;
+  const bool modified = scores_are_modified(p), masked = !scratch.rows->see_all(begin, end - begin);
+  const auto score = masked && !modified ? score_panel<Fma<C>, true, false> : score_panel<Fma<C>, false, false>;
+  const C* k = scratch.k + (step * kTileKeys - key) * scratch.head_stride;
+  const C* v = scratch.v + (step * kTileKeys - key) * scratch.value_stride;
+  for (int64_t i = begin; i < end; i += kTileRows) {
+    score(k + i * scratch.head_stride, scratch.head_stride, scratch.q_t, p.head_dim, *scratch.rows, i,
+          scratch.s + (i - begin) * kSize, nullptr);
+    score_panel<Fma<C>, false, false>(v + i * scratch.value_stride, scratch.value_stride, scratch.do_t, p.value_dim,
+                                      *scratch.rows, i, scratch.dp + (i - begin) * kSize, nullptr);
+  }
+  if (modified) {
+    Vec<C> unused[kTileVectors] = {};
+    modify_scores<C>(p, batch, *scratch.rows, begin, end - begin, scratch.s, scratch.extra,
+                     p.softcap > 0 ? scratch.cap : nullptr, unused);
+  }
+  if (p.dropout_p > 0)
+    score_gradients<C, true>(p, batch, scratch, begin, end - begin);
+  else
+    score_gradients<C, false>(p, batch, scratch, begin, end - begin);
+}
+
+template <class C>
+void multiply_by_slope_of_cap(const BackwardScratch<C>& scratch, int64_t keys) {
+  for (int64_t i = 0; i < keys * kTileQueries<C>; i += kLanesOf<C>)
+    store(scratch.dp + i, load(scratch.dp + i) * load(scratch.cap + i));
+}
+
+// A tile of queries: Q, dO, lse and delta into the lanes.
+template <class C, class T>
+void load_tile(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t row_end,
+               BackwardScratch<C>& scratch) {
+  TileRows<C>& rows = *scratch.rows;
+  T* stage = static_cast<T*>(scratch.stage);
+  rows.set(p, batch, kv_head, row, min_of<int64_t>(kTileQueries<C>, row_end - row));
+  if (rows.most_last < 0) return;
+  pack_queries<Fma<C>, T>(p, p.q, batch, rows, p.head_dim, scratch.q_t, stage);
+  pack_queries<Fma<C>, T>(p, p.dout, batch, rows, p.value_dim, scratch.do_t, stage);
+  scratch.q_finite = pack_query_rows<C, T>(p, p.q, batch, rows, p.head_dim, scratch.q, scratch.head_stride, stage);
+  scratch.dout_finite =
+      pack_query_rows<C, T>(p, p.dout, batch, rows, p.value_dim, scratch.dout, scratch.value_stride, stage);
+  for (int lane = 0; lane < kTileQueries<C>; ++lane) {
+    const int64_t at = batch * p.lse_batch + rows.head[lane] * p.lse_head + p.query_begin(batch) + rows.query[lane];
+    const C lse = reinterpret_cast<const C*>(p.lse)[at];
+    const bool idle = lane >= rows.count || lse == -kInfinity<C>;  // past the last row, or without keys: every P is 0
+    scratch.lse[lane] = idle ? kInfinity<C> : lse;
+    scratch.delta[lane] = idle ? C(0) : reinterpret_cast<const C*>(p.delta)[at];
+  }
+}
+
+// Keys [key, key + kBackwardKeys) of a head into scratch.k and scratch.v.
+template <class C, class T>
+void load_keys(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, int64_t key, BackwardScratch<C>& scratch) {
+  for (int64_t step = 0; step < kSteps; ++step) {
+    const int64_t from = key + step * kTileKeys, count = min_of<int64_t>(kTileKeys, p.key_count(batch) - from);
+    if (count <= 0) return;
+    T* stage = static_cast<T*>(scratch.stage);
+    scratch.k_finite[step] =
+        pack_rows<Fma<C>, T>(p.k, batch, p.key_begin(batch) + from, count, kv_head, p.head_dim,
+                             scratch.k + step * kTileKeys * scratch.head_stride, scratch.head_stride, stage);
+    pack_rows<Fma<C>, T>(p.v, batch, p.key_begin(batch) + from, count, kv_head, p.value_dim,
+                         scratch.v + step * kTileKeys * scratch.value_stride, scratch.value_stride, stage);
+  }
+}
+
+// f(step, key of the step, begin, end) for every step of the packed keys that the tile of queries sees part of.
+template <class C, class F>
+GK_INLINE void for_each_step(const FlashAttentionParams& p, int64_t batch, const TileRows<C>& rows, int64_t key, F&& f) {
+  for (int64_t step = 0; step < kSteps; ++step) {
+    const int64_t from = key + step * kTileKeys, count = min_of<int64_t>(kTileKeys, p.key_count(batch) - from);
+    if (count <= 0) return;
+    int64_t begin = from, end = from + round_up(count, kKeyGroup);
+    rows.clip(begin, end);
+    if (begin < end) f(step, from, begin, end);
+  }
+}
+
+// dst token = by * src, in the stored type.
+template <class C, class T>
+void store_gradient(const C* from, int64_t dim, C by, T* to) {
+  for (int64_t d = 0; d < dim; d += kLanesOf<C>)
+    store_first(to + d, load(from + d) * broadcast(by), min_of<int64_t>(kLanesOf<C>, dim - d));
+}
+
+template <class C, class T>
+void backward(const FlashAttentionParams& p, Gradients which, int64_t batch, int64_t kv_head, int64_t begin_at,
+              void* memory) {
+  constexpr int kSize = kTileQueries<C>;
+  const bool want_keys = which != Gradients::queries, want_queries = which != Gradients::keys_and_values;
+  const int64_t all_rows = p.query_count(batch) * p.group, all_keys = p.key_count(batch);
+  const int64_t row_begin = which == Gradients::queries ? begin_at : 0;
+  const int64_t row_end = which == Gradients::queries ? min_of(all_rows, row_begin + kBackwardRows) : all_rows;
+  const int64_t key_begin = which == Gradients::keys_and_values ? begin_at : 0;
+  const int64_t key_end = which == Gradients::keys_and_values ? min_of(all_keys, key_begin + kBackwardKeys) : all_keys;
+
+  BackwardScratch<C> scratch(p, want_queries ? max_of<int64_t>(0, row_end - row_begin) + kSize : 0, memory);
+  const TileRows<C>& rows = *scratch.rows;
+  const int64_t head_stride = scratch.head_stride, value_stride = scratch.value_stride;
+  if (want_queries)
+    for (int64_t i = 0; i < (row_end - row_begin + kSize) * head_stride; ++i) scratch.dq[i] = 0;
+  for (int64_t key = key_begin; key < key_end; key += kBackwardKeys) {
+    load_keys<C, T>(p, batch, kv_head, key, scratch);
+    if (want_keys) {
+      for (int64_t i = 0; i < kBackwardKeys * head_stride; ++i) scratch.dk[i] = 0;
+      for (int64_t i = 0; i < kBackwardKeys * value_stride; ++i) scratch.dv[i] = 0;
+    }
+    for (int64_t row = row_begin; row < row_end; row += kSize) {
+      scratch.rows->set(p, batch, kv_head, row, min_of<int64_t>(kSize, row_end - row));
+      if (rows.most_last < key || rows.least_first >= key + kBackwardKeys) continue;
+      load_tile<C, T>(p, batch, kv_head, row, row_end, scratch);
+      for_each_step(p, batch, rows, key, [&](int64_t step, int64_t from, int64_t begin, int64_t end) {
+        const bool hides = p.mask.data || p.bias.data || !rows.see_all(begin, end - begin);
+        const int64_t keys = end - begin, at = step * kTileKeys + begin - from;
+        differentiate_scores(p, batch, scratch, step, from, begin, end);
+        if (p.softcap > 0) multiply_by_slope_of_cap(scratch, keys);
+        if (want_keys) {
+          add_product<C>(scratch.s, kSize, 1, keys, scratch.dout, value_stride, kSize, scratch.dv + at * value_stride,
+                         hides && !scratch.dout_finite);
+          add_product<C>(scratch.dp, kSize, 1, keys, scratch.q, head_stride, kSize, scratch.dk + at * head_stride,
+                         hides && !scratch.q_finite);
+        }
+        if (want_queries)
+          add_product<C>(scratch.dp, 1, kSize, kSize, scratch.k + at * head_stride, head_stride, keys,
+                         scratch.dq + (row - row_begin) * head_stride, hides && !scratch.k_finite[step]);
+      });
+    }
+    if (!want_keys) continue;
+    for (int64_t i = 0; i < min_of<int64_t>(kBackwardKeys, all_keys - key); ++i) {
+      const int64_t token = p.key_begin(batch) + key + i;
+      store_gradient<C, T>(scratch.dk + i * head_stride, p.head_dim, C(p.scale),
+                           token_of<T>(p.dk, batch, token, kv_head));
+      store_gradient<C, T>(scratch.dv + i * value_stride, p.value_dim, C(1), token_of<T>(p.dv, batch, token, kv_head));
+    }
+  }
+  if (!want_queries) return;
+  for (int64_t row = row_begin; row < row_end; ++row)
+    store_gradient<C, T>(scratch.dq + (row - row_begin) * head_stride, p.head_dim, C(p.scale),
+                         token_of<T>(p.dq, batch, p.query_begin(batch) + row / p.group,
+                                     kv_head * p.group + row % p.group));
+}
+
+template <class C, class T>
+void bias_gradient(const FlashAttentionParams& p, const Range& range, void* memory) {
+  constexpr int kSize = kTileQueries<C>;
+  BackwardScratch<C> scratch(p, 0, memory);
+  const TileRows<C>& rows = *scratch.rows;
+  for (int64_t batch = range.batch_begin; batch < range.batch_end; ++batch)
+    for (int64_t kv_head = range.kv_head_begin; kv_head < range.kv_head_end; ++kv_head) {
+      const int64_t row_end = min_of(range.row_end, p.query_count(batch) * p.group);
+      for (int64_t key = 0; key < p.key_count(batch); key += kBackwardKeys) {
+        load_keys<C, T>(p, batch, kv_head, key, scratch);
+        for (int64_t row = range.row_begin; row < row_end; row += kSize) {
+          load_tile<C, T>(p, batch, kv_head, row, row_end, scratch);
+          for_each_step(p, batch, rows, key, [&](int64_t step, int64_t from, int64_t begin, int64_t end) {
+            differentiate_scores(p, batch, scratch, step, from, begin, end);
+            for (int lane = 0; lane < rows.count; ++lane) {
+              C* to = reinterpret_cast<C*>(p.dbias.data) + batch * p.dbias.batch + rows.head[lane] * p.dbias.head +
+                      rows.query[lane] * p.dbias.query;
+              for (int64_t i = begin; i < min_of(end, p.key_count(batch)); ++i)
+                to[i * p.dbias.key] += scratch.dp[(i - begin) * kSize + lane];
+            }
+          });
+        }
+      }
+    }
+}
+
+template <class C, class T>
+void delta_of_head(const FlashAttentionParams& p, int64_t batch, int64_t head) {
+  double dsink = 0;
+  for (int64_t i = 0; i < p.query_count(batch); ++i) {
+    const int64_t token = p.query_begin(batch) + i, at = batch * p.lse_batch + head * p.lse_head + token;
+    const T *o = token_of<T>(p.out, batch, token, head), *dout = token_of<T>(p.dout, batch, token, head);
+    double sum = 0;
+    for (int64_t d = 0; d < p.value_dim; ++d)
+      sum += double(to_compute(o[d * p.out.dim])) * double(to_compute(dout[d * p.dout.dim]));
+    const C lse = reinterpret_cast<const C*>(p.lse)[at];
+    if (lse == -kInfinity<C>) {
+      reinterpret_cast<C*>(p.delta)[at] = 0;  // no key: no gradient, whatever dlse
+      continue;
+    }
+    if (p.dlse)
+      sum -= reinterpret_cast<const C*>(p.dlse)[batch * p.dlse_batch + head * p.dlse_head + token * p.dlse_token];
+    reinterpret_cast<C*>(p.delta)[at] = C(sum);
+    if (p.dsink) dsink -= __builtin_exp(double(reinterpret_cast<const C*>(p.sink)[head]) - double(lse)) * sum;
+  }
+  if (p.dsink) reinterpret_cast<C*>(p.dsink)[batch * p.heads + head] = C(dsink);
+}
+
+// f(stored type): gradients are summed in float32 whatever is stored.
+template <class F>
+GK_INLINE void with_stored_type(Dtype dtype, F&& f) {
+  if (dtype == Dtype::f32) return f(TypeTag<float>{});
+  if (dtype == Dtype::bf16) return f(TypeTag<bf16>{});
+  if (dtype == Dtype::f16) return f(TypeTag<fp16>{});
+#if GENAI_KERNELS_ISA_LANES == 4
+  f(TypeTag<double>{});
+#endif
+}
+
+}  // namespace
+
+int64_t flash_attention_bwd_scratch(const FlashAttentionParams& p, Gradients which) {
+  GK_BASELINE_IF_F64(p, flash_attention_bwd_scratch(p, which))
+  int64_t bytes = 0;
+  with_stored_type(p.dtype, [&](auto type) {
+    using C = Compute<typename decltype(type)::type>;
+    const int64_t rows = which == Gradients::all ? p.queries * p.group : kBackwardRows;
+    const BackwardScratch<C> scratch(p, which == Gradients::keys_and_values ? 0 : rows + kTileQueries<C>, nullptr);
+    bytes = scratch.end - static_cast<char*>(nullptr);
+  });
+  return bytes;
+}
+
+void flash_attention_delta_kernel(const FlashAttentionParams& p, int64_t batch, int64_t head) {
+  GK_BASELINE_IF_F64(p, flash_attention_delta_kernel(p, batch, head))
+  with_stored_type(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    delta_of_head<Compute<T>, T>(p, batch, head);
+  });
+}
+
+void flash_attention_bwd_kernel(const FlashAttentionParams& p, Gradients which, int64_t batch, int64_t kv_head,
+                                int64_t begin, void* scratch) {
+  GK_BASELINE_IF_F64(p, flash_attention_bwd_kernel(p, which, batch, kv_head, begin, scratch))
+  with_stored_type(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    backward<Compute<T>, T>(p, which, batch, kv_head, begin, scratch);
+  });
+}
+
+void flash_attention_dbias_kernel(const FlashAttentionParams& p, const Range& range, void* scratch) {
+  GK_BASELINE_IF_F64(p, flash_attention_dbias_kernel(p, range, scratch))
+  with_stored_type(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    bias_gradient<Compute<T>, T>(p, range, scratch);
+  });
+}
+
+}  // namespace genai_kernels::GENAI_KERNELS_ISA_NAME
+
+#else
+
+GENAI_KERNELS_ISA_DISPATCH(int64_t, flash_attention_bwd_scratch, (const FlashAttentionParams& p, Gradients which),
+                           (p, which))
+GENAI_KERNELS_ISA_DISPATCH(void, flash_attention_delta_kernel,
+                           (const FlashAttentionParams& p, int64_t batch, int64_t head), (p, batch, head))
+GENAI_KERNELS_ISA_DISPATCH(void, flash_attention_bwd_kernel,
+                           (const FlashAttentionParams& p, Gradients which, int64_t batch, int64_t kv_head,
+                            int64_t begin, void* scratch),
+                           (p, which, batch, kv_head, begin, scratch))
+GENAI_KERNELS_ISA_DISPATCH(void, flash_attention_dbias_kernel,
+                           (const FlashAttentionParams& p, const Range& range, void* scratch), (p, range, scratch))
+
+#endif
