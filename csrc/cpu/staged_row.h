@@ -57,6 +57,11 @@ struct End {
   }
 };
 
+template <class Part>
+constexpr bool is_end = false;
+template <>
+constexpr bool is_end<End> = true;
+
 // f(i, part) for every register of a row of n elements of the compute type C.
 template <class C, class F>
 GK_INLINE void for_each_register(int64_t n, F&& f) {

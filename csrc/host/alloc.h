@@ -34,9 +34,4 @@ inline Tensor new_like(const Tensor& like) {
   return new_empty(like, like.sizes().data(), like.dim(), like.scalar_type());
 }
 
-// A gradient of a parameter summed over rows: [blocks, n] doubles for the blocks' sums.
-inline Tensor new_block_sums(const Tensor& like, int64_t blocks, int64_t n) {
-  return new_empty(like, {blocks, n}, torch::headeronly::ScalarType::Double);
-}
-
 }  // namespace genai_kernels

@@ -17,4 +17,14 @@ inline void sum_blocks(Dtype dtype, const Tensor& partial, const Tensor& out) {
   });
 }
 
+// out [n], of any floating dtype = the sum of the rows of partial [blocks, n], in their order.
+inline void sum_blocks(const double* partial, int64_t blocks, const Tensor& out) {
+  const int64_t n = out.numel();
+  const Dtype dtype = float_dtype("sum_blocks", "out", out);
+  void* sums = out.mutable_data_ptr();
+  parallel_for_elements(n, blocks, [&](int64_t begin, int64_t end) {
+    sum_blocks_kernel(true, partial, blocks, n, dtype, sums, begin, end);
+  });
+}
+
 }  // namespace genai_kernels

@@ -1,0 +1,89 @@
+// What the hosts of the row norms share: checks, and the loops over rows.
+#pragma once
+#include "core/norm_rows.h"
+#include "host/alloc.h"
+#include "host/check.h"
+#include "host/parallel.h"
+#include "host/rows.h"
+#include "host/scratch.h"
+#include "host/sum_blocks.h"
+
+#include <torch/csrc/stable/ops.h>
+
+namespace genai_kernels {
+
+inline NormParams norm_params(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                              double eps) {
+  NormParams p{};
+  GK_CHECK_VALUE(x.dim() >= 1, op, "x: expected at least one dimension, got a scalar");
+  GK_CHECK_VALUE(eps >= 0, op, "eps: expected >= 0, got ", eps);
+  p.dtype = float_dtype(op, "x", x);
+  p.eps = eps;
+  p.x = read_rows(op, "x", x);
+  p.weight = read_parameter(op, "weight", weight, p.x.length);
+  p.bias = read_parameter(op, "bias", bias, p.x.length);
+  return p;
+}
+
+inline void set_residual(const char* op, NormParams& p, const Tensor& x, const Tensor& residual) {
+  check_same_dtype(op, "residual", residual, "x", x);
+  check_same_shape(op, "residual", residual, "x", x);
+  p.residual = read_rows(op, "residual", residual);
+}
+
+// `out` may be x or the residual itself: a row is read before it is written.
+inline void check_norm_output(const char* op, const char* name, const Tensor& out, const Tensor& x,
+                              const OptionalTensor& residual, const OptionalTensor& weight,
+                              const OptionalTensor& bias) {
+  check_output(op, name, out, "x", x);
+  check_writable(op, name, out);
+  if (residual) check_no_partial_overlap(op, name, out, "residual", *residual);
+  if (weight) check_no_overlap(op, name, out, "weight", *weight);
+  if (bias) check_no_overlap(op, name, out, "bias", *bias);
+}
+
+template <class Kernel>
+void run_norm_forward(const NormParams& p, Kernel kernel) {
+  if (p.x.count == 0 || p.x.length == 0) return;
+  parallel_for_elements(p.x.count, p.x.length, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(p.x.length * kNormForwardScratchRows * compute_bytes(p.dtype));
+    kernel(p, begin, end, scratch.get());
+  });
+}
+
+// dx, and dw and db (null: not wanted; otherwise [length]).
+template <class Kernel>
+void run_norm_backward(const char* op, NormParams& p, const Tensor& dy, const Tensor& x, const Tensor& dx,
+                       const Tensor* dw, const Tensor* db, Kernel kernel) {
+  check_same_dtype(op, "dy", dy, "x", x);
+  check_same_shape(op, "dy", dy, "x", x);
+  p.dy = read_rows(op, "dy", dy);
+  p.dx = write_rows(op, "dx", dx);
+  if (p.x.count == 0 || p.x.length == 0) {
+    for (const Tensor* t : {dw, db})
+      if (t) {
+        Tensor zeroed = *t;
+        torch::stable::zero_(zeroed);
+      }
+    return;
+  }
+  const RowBlocks blocks(p.x.count);
+  const int64_t wanted = (dw ? 1 : 0) + (db ? 1 : 0), size = blocks.count() * p.x.length;
+  const Scratch sums(wanted * size * int64_t(sizeof(double)));
+  double* next = static_cast<double*>(sums.get());
+  if (dw) p.dw_partial = next;
+  if (db) p.db_partial = next + (dw ? size : 0);
+  parallel_for_elements(blocks.count(), p.x.length * blocks.size, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(p.x.length * kNormBackwardScratchRows * compute_bytes(p.dtype));
+    kernel(p, blocks, begin, end, scratch.get());
+  });
+  if (dw) sum_blocks(p.dw_partial, blocks.count(), *dw);
+  if (db) sum_blocks(p.db_partial, blocks.count(), *db);
+}
+
+// A gradient like a parameter, or empty where it is not wanted.
+inline Tensor new_parameter_gradient(const Tensor& x, const OptionalTensor& parameter, bool wanted) {
+  return parameter && wanted ? new_like(*parameter) : new_empty(x, {0}, x.scalar_type());
+}
+
+}  // namespace genai_kernels

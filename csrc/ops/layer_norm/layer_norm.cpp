@@ -1,0 +1,90 @@
+// Host of layer_norm, with and without a residual: schemas, checks, allocation.
+#include "ops/layer_norm/layer_norm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "host/norm_rows.h"
+
+namespace genai_kernels {
+namespace {
+
+constexpr const char* kOp = "layer_norm";
+
+Tensor layer_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  NormParams p = norm_params(kOp, x, weight, bias, eps);
+  Tensor y = new_like(x);
+  p.y = write_rows(kOp, "out", y);
+  run_norm_forward(p, layer_norm_fwd_kernel);
+  return y;
+}
+
+void layer_norm_out(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, Tensor out) {
+  NormParams p = norm_params(kOp, x, weight, bias, eps);
+  check_norm_output(kOp, "out", out, x, {}, weight, bias);
+  p.y = write_rows(kOp, "out", out);
+  run_norm_forward(p, layer_norm_fwd_kernel);
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
+                                          const OptionalTensor& bias, double eps) {
+  NormParams p = norm_params(kOp, x, weight, bias, eps);
+  set_residual(kOp, p, x, residual);
+  Tensor y = new_like(x), sum = new_like(x);
+  p.y = write_rows(kOp, "out", y);
+  p.sum = write_rows(kOp, "new_residual", sum);
+  run_norm_forward(p, layer_norm_fwd_kernel);
+  return {y, sum};
+}
+
+void add_layer_norm_out(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
+                        const OptionalTensor& bias, double eps, Tensor out, Tensor out_residual) {
+  NormParams p = norm_params(kOp, x, weight, bias, eps);
+  set_residual(kOp, p, x, residual);
+  check_norm_output(kOp, "out[0]", out, x, residual, weight, bias);
+  check_norm_output(kOp, "out[1]", out_residual, x, residual, weight, bias);
+  check_no_overlap(kOp, "out[1]", out_residual, "out[0]", out);
+  p.y = write_rows(kOp, "out[0]", out);
+  p.sum = write_rows(kOp, "out[1]", out_residual);
+  run_norm_forward(p, layer_norm_fwd_kernel);
+}
+
+// x is what was normalised, dsum the gradient of the sum where there was a residual.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const OptionalTensor& dsum, const Tensor& x,
+                                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                                                  bool weight_grad, bool bias_grad) {
+  NormParams p = norm_params(kOp, x, weight, bias, eps);
+  if (dsum) {
+    check_same_dtype(kOp, "dsum", *dsum, "x", x);
+    check_same_shape(kOp, "dsum", *dsum, "x", x);
+    p.dsum = read_rows(kOp, "dsum", *dsum);
+  }
+  Tensor dx = new_like(x), dw = new_parameter_gradient(x, weight, weight_grad),
+         db = new_parameter_gradient(x, bias, bias_grad);
+  run_norm_backward(kOp, p, dy, x, dx, weight && weight_grad ? &dw : nullptr, bias && bias_grad ? &db : nullptr,
+                    layer_norm_bwd_kernel);
+  return {dx, dw, db};
+}
+
+}  // namespace
+}  // namespace genai_kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def("layer_norm_out(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out) -> ()");
+  m.def("add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "add_layer_norm_out(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, "
+      "Tensor(b!) out_residual) -> ()");
+  m.def(
+      "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor? bias, float eps, bool weight_grad, "
+      "bool bias_grad) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&genai_kernels::layer_norm));
+  m.impl("layer_norm_out", TORCH_BOX(&genai_kernels::layer_norm_out));
+  m.impl("add_layer_norm", TORCH_BOX(&genai_kernels::add_layer_norm));
+  m.impl("add_layer_norm_out", TORCH_BOX(&genai_kernels::add_layer_norm_out));
+  m.impl("layer_norm_bwd", TORCH_BOX(&genai_kernels::layer_norm_bwd));
+}

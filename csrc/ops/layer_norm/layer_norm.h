@@ -1,0 +1,10 @@
+// The kernels of layer_norm, by rows and, backward, by blocks of rows.
+#pragma once
+#include "core/norm_rows.h"
+
+namespace genai_kernels {
+
+void layer_norm_fwd_kernel(const NormParams& p, int64_t begin, int64_t end, void* scratch);
+void layer_norm_bwd_kernel(const NormParams& p, const RowBlocks& blocks, int64_t begin, int64_t end, void* scratch);
+
+}  // namespace genai_kernels
