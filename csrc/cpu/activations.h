@@ -1,5 +1,5 @@
 // sigmoid, SiLU and both GELUs of one register, and their derivatives.
-// Included inside an instruction-set region after exp.h and exp_parts.h. Errors: tests/kernels/exp_check.cpp, over every bfloat16.
+// Included inside an instruction-set region after exp.h. Errors: tests/kernels/exp_check.cpp, over every bfloat16.
 //
 // The three gates are x * S(x) with S a sigmoid: S(-a) = 1 - S(a). With a = |x| and the tail T(a) = S(-a), which decays,
 //   value = max(x, 0) - a T(a),   slope = S(x) + x S'(a),

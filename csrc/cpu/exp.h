@@ -38,15 +38,28 @@ GK_INLINE VecD exp_nonpositive(VecD x) {
   return y;
 }
 
-// e^x: exactly 1 at 0, 0 below -87.3365 (where the result would be denormal), infinity above 88.7228, NaN stays NaN;
-// at most 2 ULP elsewhere. x = n ln2 + r in two pieces of ln2 (the first has 15 bits, so that n times it is exact),
-// e^r by a minimax polynomial of degree 6; 2^n in two factors, since 2^128 is not a float.
-GK_INLINE VecF exp(VecF x) {
+// y * 2^n, rounded once, -252 <= n <= 254. On AVX-512 one instruction; elsewhere in two factors, of which the first is
+// exact: neither 2^128 nor a denormal power is a float.
+GK_INLINE VecF times_power(VecF y, VecI n) {
+#if GENAI_KERNELS_ISA_LANES == 16
+  return (VecF)_mm512_scalef_ps((__m512)y, _mm512_cvtepi32_ps((__m512i)n));
+#else
+  const VecI half = n >> 1;
+  return y * bit_cast<VecF>((half + 127) << 23) * bit_cast<VecF>((n - half + 127) << 23);
+#endif
+}
+
+// e^x = fraction * 2^exponent with fraction in [0.7, 1.42], for -150 <= x <= 150; NaN stays NaN. x = n ln2 + r in two
+// pieces of ln2 (the first has 15 bits, so that n times it is exact), e^r by a minimax polynomial of degree 6.
+struct ExpParts {
+  VecF fraction;
+  VecI exponent;
+};
+GK_INLINE ExpParts exp_parts(VecF x) {
   const VecF shifter = broadcast(0x1.8p23f);
-  const VecF clamped = min(max(broadcast(-88.0f), x), broadcast(89.0f));  // max keeps a NaN of its second operand
-  const VecF shifted = fma(clamped, broadcast(kLog2E), shifter);
+  const VecF shifted = fma(x, broadcast(kLog2E), shifter);
   const VecF n = shifted - shifter;
-  VecF r = fma(n, broadcast(-0x1.62e4p-1f), clamped);
+  VecF r = fma(n, broadcast(-0x1.62e4p-1f), x);
   r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);
   VecF p = broadcast(0x1.6ae68ep-10f);
   p = fma(p, r, broadcast(0x1.12682ep-7f));
@@ -54,12 +67,14 @@ GK_INLINE VecF exp(VecF x) {
   p = fma(p, r, broadcast(0x1.555418p-3f));
   p = fma(p, r, broadcast(0x1.fffffcp-2f));
   p = fma(p * r, r, r);
-  p = p + broadcast(1.0f);
-  const VecI exponent = bit_cast<VecI>(shifted) - 0x4b400000;
-  const VecI half = exponent >> 1;
-  const VecF power0 = bit_cast<VecF>((half + 127) << 23), power1 = bit_cast<VecF>((exponent - half + 127) << 23);
-  const VecF y = p * power0 * power1;
-  return x < broadcast(-87.3365f) ? VecF{} : (x == x ? y : x);
+  return {p + broadcast(1.0f), bit_cast<VecI>(shifted) - 0x4b400000};
+}
+
+// e^x, at most 2 ULP, denormal results included: exactly 1 at 0, infinity above 88.7228, NaN stays NaN.
+GK_INLINE VecF exp(VecF x) {
+  // min and max keep a NaN of their second operand
+  const ExpParts e = exp_parts(min(broadcast(89.0f), max(broadcast(-105.0f), x)));
+  return times_power(e.fraction, e.exponent);
 }
 GK_INLINE VecD exp(VecD x) {
   VecD y;

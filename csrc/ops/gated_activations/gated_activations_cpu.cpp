@@ -10,7 +10,6 @@
 #ifdef GENAI_KERNELS_ISA_NAME
 #include "cpu/vec.h"
 #include "cpu/exp.h"
-#include "cpu/exp_parts.h"
 #include "cpu/activations.h"
 #include "cpu/staged_row.h"
 

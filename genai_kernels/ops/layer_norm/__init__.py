@@ -40,7 +40,9 @@ def _magnitude(x, weight=None, bias=None, eps=1e-5, residual=None):
     s = x if residual is None else x + residual
     y = layer_norm_reference(s, weight, None, eps).abs()
     if residual is not None:  # the rounding of the sum, magnified where the mean cancels it
-        y = y + s.abs() * torch.rsqrt(s.var(-1, keepdim=True, correction=0) + eps) * (1 if weight is None else weight.abs())
+        y = y + s.abs() * torch.rsqrt(s.var(-1, keepdim=True, correction=0) + eps) * (
+            1 if weight is None else weight.abs()
+        )
     y = y if bias is None else y + bias.abs()
     return y if residual is None else (y, s.abs())
 
@@ -64,7 +66,7 @@ SAMPLES = [
     Sample("odd", lambda m: ((m(3, 37), m(37), m(37)), {})),
     Sample("many_rows", lambda m: ((m(200, 33), m(33), m(33)), {})),
     Sample("one_element", lambda m: ((m(6, 1), m(1), m(1)), {})),
-    Sample("constant_rows", lambda m: ((m(6, 1).expand(6, 40).contiguous(), m(40), m(40)), {})),
+    Sample("constant_rows", lambda m: ((m(6, 1).expand(6, 40).contiguous(), m(40), m(40)), {"eps": 1e-3})),
     Sample("mean_over_std_100", lambda m: ((m(9, 256, shift=100.0), m(256), m(256)), {})),
     Sample("huge", lambda m: ((m(5, 96, scale=_huge(m.dtype)), m(96), m(96)), {})),
     Sample("float32_parameters", lambda m: ((m(6, 96), m.float32(96), m.float32(96)), {})),

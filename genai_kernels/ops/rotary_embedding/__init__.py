@@ -155,8 +155,8 @@ def _save(ctx, inputs, output):
 
 def _table_gradients(ctx, dy, x, cos, positions):
     """Of cos and sin: rarely wanted, and sums over heads that plain PyTorch does well."""
-    a, b = _split(x.to(torch.promote_types(x.dtype, torch.float32)), 2 * cos.shape[-1], ctx.interleaved)
-    da, db = _split(dy.to(a.dtype), 2 * cos.shape[-1], ctx.interleaved)
+    a, b = _split(x.double(), 2 * cos.shape[-1], ctx.interleaved)
+    da, db = _split(dy.double(), 2 * cos.shape[-1], ctx.interleaved)
     gradients = []
     for per_head in (da * a + db * b, (db * a - da * b) * (-1 if ctx.inverse else 1)):
         per_token = per_head.sum(-2)
