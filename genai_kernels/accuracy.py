@@ -151,7 +151,10 @@ def _three_ways(op: Op, sample: Sample, dtype: torch.dtype, differentiate: bool,
             t = t.detach() if to is None else t.detach().to(to)
             return t.requires_grad_(differentiate)
 
-        return map_tensors(one, (args, kwargs))
+        prepared_args, prepared_kwargs = map_tensors(one, (args, kwargs))
+        for name in sample.frozen:
+            prepared_kwargs[name].requires_grad_(False)
+        return prepared_args, prepared_kwargs
 
     runs = ((op.function, None), (op.reference, None), (op.reference, torch.float64))
     results = [_run(function, prepared(to), differentiate, seed) for function, to in runs]

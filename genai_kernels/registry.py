@@ -63,6 +63,7 @@ class Sample:
     backward_flops: float = 0.0
     backward_elements: float = 0.0
     peers: tuple[str, ...] | None = None  # names of Op.peers, and "eager"; None: all
+    frozen: tuple[str, ...] = ()  # keyword arguments that take no gradient
 
 
 Index = tuple[slice, ...]

@@ -40,6 +40,8 @@ def smaller(sample):
         return (t.clone(memory_format=torch.contiguous_format) if overlaps else t.detach()).requires_grad_()
 
     call = map_tensors(leaf, (args, kwargs))
+    for name in sample.frozen:
+        call[1][name].requires_grad_(False)
     return call if 0 < total <= 1500 else None
 
 

@@ -194,7 +194,7 @@ void fill_unowned_rows(const FlashAttentionParams& p, Tensor& out, Tensor* lse) 
   torch::stable::fill_(rest_lse, -INFINITY);
 }
 
-std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+std::tuple<Tensor, Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                            const OptionalTensor& cu_q, const OptionalTensor& cu_k,
                                            const OptionalTensor& slopes, const OptionalTensor& bias,
                                            const OptionalTensor& mask, const OptionalTensor& sink,
@@ -207,12 +207,15 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, con
                       : new_empty(q, {p.batch, p.queries, p.heads, p.value_dim}, q.scalar_type());
   Tensor lse = packed ? new_empty(q, {p.heads, q.size(0)}, compute_type(p.dtype))
                       : new_empty(q, {p.batch, p.heads, p.queries}, compute_type(p.dtype));
+  Tensor softmax_state = packed ? new_empty(q, {p.heads, q.size(0), 2}, compute_type(p.dtype))
+                                : new_empty(q, {p.batch, p.heads, p.queries, 2}, compute_type(p.dtype));
   if (packed) fill_unowned_rows(p, out, &lse);
   p.out = heads_view(out, p.dtype, packed);
   p.lse = static_cast<char*>(lse.mutable_data_ptr());
+  p.softmax_state = static_cast<char*>(softmax_state.mutable_data_ptr());
 
   const int64_t rows = p.queries * p.group;
-  if (rows == 0 || p.batch * p.kv_heads == 0) return {out, lse};
+  if (rows == 0 || p.batch * p.kv_heads == 0) return {out, lse, softmax_state};
   // A block of rows packs its keys once; blocks are as long as leaves four for each thread. The bits do not depend on
   // it: every row goes through the same sums wherever it lies.
   const int64_t threads = torch::stable::get_num_threads();
@@ -226,16 +229,19 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, con
         const int64_t block = blocks - 1 - item / pairs, pair = item % pairs;  // a causal call's longest rows first
         flash_attention_fwd_kernel(p, pair / p.kv_heads, pair % p.kv_heads, block * p.block_rows, scratch.get());
       });
-  return {out, lse};
+  return {out, lse, softmax_state};
 }
 
 // The gradient of the bias, in a pass of its own that recomputes the scores. Its items own disjoint parts of it: the
 // batches, heads and rows that share an element are summed by one item, in order.
 Tensor bias_gradient(FlashAttentionParams& p, const Tensor& bias) {
-  Tensor sums = new_empty(bias, bias.sizes().data(), bias.dim(), compute_type(p.dtype));
+  const bool broadcast = bias.numel() < p.batch * p.heads * p.queries * p.keys;
+  const ScalarType type = broadcast ? ScalarType::Double : compute_type(p.dtype);
+  Tensor sums = new_empty(bias, bias.sizes().data(), bias.dim(), type);
   torch::stable::zero_(sums);
   if (sums.numel() == 0) return sums;
   p.dbias = scores_view(sums, "attn_bias", p);
+  p.dbias.dtype = type == ScalarType::Double ? Dtype::f64 : Dtype::f32;
   const int64_t rows = p.queries * p.group;
   const int64_t batches = p.dbias.batch ? p.batch : 1, heads = p.dbias.head ? p.kv_heads : 1;
   const int64_t step = std::max<int64_t>(1, kBackwardRows / p.group) * p.group;  // a query's rows stay together
@@ -254,8 +260,8 @@ Tensor bias_gradient(FlashAttentionParams& p, const Tensor& bias) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& cu_q, const OptionalTensor& cu_k,
-    const OptionalTensor& slopes, const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& sink,
+    const Tensor& out, const Tensor& lse, const OptionalTensor& softmax_state, const OptionalTensor& cu_q,
+    const OptionalTensor& cu_k, const OptionalTensor& slopes, const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& sink,
     const OptionalTensor& rng_state, int64_t left, int64_t right, double scale, double softcap, double dropout_p,
     bool bias_grad) {
   FlashAttentionParams p = checked_params(
@@ -270,6 +276,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
   p.dk = heads_view(dk, p.dtype, packed);
   p.dv = heads_view(dv, p.dtype, packed);
   p.lse = static_cast<char*>(const_cast<void*>(lse.const_data_ptr()));
+  if (softmax_state) {
+    check_same_dtype(kOp, "softmax_state", *softmax_state, "lse", lse);
+    GK_CHECK_VALUE(softmax_state->numel() == 2 * lse.numel() && softmax_state->is_contiguous(), kOp,
+                   "softmax_state: expected what forward returned, got shape ", shape_of(*softmax_state));
+    p.softmax_state = static_cast<char*>(const_cast<void*>(softmax_state->const_data_ptr()));
+  }
   if (dlse) {
     check_same_shape(kOp, "dlse", *dlse, "lse", lse);
     check_same_dtype(kOp, "dlse", *dlse, "lse", lse);
@@ -330,8 +342,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
   "float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
-  m.def("flash_attention(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS ") -> (Tensor out, Tensor lse)");
-  m.def("flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+  m.def("flash_attention(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS ") -> (Tensor out, Tensor lse, Tensor softmax_state)");
+  m.def("flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? softmax_state, "
         GK_ATTENTION_OPTIONS ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {

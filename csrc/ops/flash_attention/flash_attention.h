@@ -31,6 +31,8 @@ struct FlashAttentionParams {
   const int32_t *cu_q, *cu_k;     // packed sequences: where each begins, or null
   HeadsView q, k, v, out;
   char* lse;                      // in the compute type, index batch * lse_batch + head * lse_head + token
+  char* softmax_state;            // [lse index][2]: the row's maximum (before the scale, unless the scores are
+                                  // modified) and 1 / its sum, from which backward has P to the last bit; or null
   int64_t lse_batch, lse_head;
   double scale, softcap;
   int64_t left, right;            // window; negative: no limit
@@ -50,7 +52,7 @@ struct FlashAttentionParams {
   int64_t dlse_batch, dlse_head, dlse_token;
   char* delta;                    // compute type, laid out as lse: sum(dout * out) - dlse
   char* dsink;                    // [batch, heads] partial sums in the compute type, or null
-  ScoresView dbias;               // in the compute type, summed over the broadcast dimensions
+  ScoresView dbias;               // summed over the broadcast dimensions: float64 if there are any
 
   int64_t query_begin(int64_t b) const { return cu_q ? cu_q[b] : 0; }
   int64_t query_count(int64_t b) const { return cu_q ? cu_q[b + 1] - cu_q[b] : queries; }

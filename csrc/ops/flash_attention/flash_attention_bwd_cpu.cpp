@@ -37,7 +37,7 @@ struct BackwardScratch {
   C *k, *v, *dk, *dv;           // [kBackwardKeys][stride]
   C *q_t, *do_t, *q, *dout;     // a tile of queries: [dim][lanes] and [lanes][stride]
   C *s, *dp, *extra, *cap;      // [kTileKeys][lanes]
-  C *lse, *delta;               // [lanes]
+  C *max, *inverse, *delta;     // [lanes]; P = exp(score - max) * inverse
   C* dq;                        // [rows of the item][stride]
   void* stage;
   bool q_finite, dout_finite, k_finite[kSteps];
@@ -60,7 +60,8 @@ struct BackwardScratch {
     dp = arena.take<C>(kTileKeys * kSize);
     extra = arena.take<C>(p.bias.data || p.mask.data ? kTileKeys * kSize : 0);
     cap = arena.take<C>(p.softcap > 0 ? kTileKeys * kSize : 0);
-    lse = arena.take<C>(kSize);
+    max = arena.take<C>(kSize);
+    inverse = arena.take<C>(kSize);
     delta = arena.take<C>(kSize);
     stage = arena.take<double>(kLanes * max_of(p.head_dim, p.value_dim));
     dq = arena.take<C>(dq_rows * head_stride);
@@ -139,7 +140,8 @@ template <class C, bool Dropout>
     GK_UNROLL for (int j = 0; j < kTileVectors; ++j) {
       C* s = scratch.s + i * kSize + j * kStep;
       C* dp = scratch.dp + i * kSize + j * kStep;
-      const Vec<C> score = load(s), probability = exp_nonpositive(fma(score, unit, -load(scratch.lse + j * kStep)));
+      const Vec<C> score = load(s), exponent = (score - load(scratch.max + j * kStep)) * unit;
+      const Vec<C> probability = exp_nonpositive(exponent) * load(scratch.inverse + j * kStep);
       Vec<C> kept = probability, gradient = load(dp);
       if constexpr (Dropout) {
         const Vec<C> by = load(factor[i % 4] + j * kStep);
@@ -185,7 +187,19 @@ void multiply_by_slope_of_cap(const BackwardScratch<C>& scratch, int64_t keys) {
     store(scratch.dp + i, load(scratch.dp + i) * load(scratch.cap + i));
 }
 
-// A tile of queries: Q, dO, lse and delta into the lanes.
+// What forward kept of a row's softmax; without it (its op was another one's) lse has to do.
+template <class C>
+struct RowState {
+  C max, inverse;
+};
+template <class C>
+GK_INLINE RowState<C> row_state(const FlashAttentionParams& p, int64_t at) {
+  if (const C* state = reinterpret_cast<const C*>(p.softmax_state)) return {state[2 * at], state[2 * at + 1]};
+  const C lse = reinterpret_cast<const C*>(p.lse)[at];
+  return {scores_are_modified(p) ? lse : C(double(lse) / p.scale), C(lse == -kInfinity<C> ? 0 : 1)};
+}
+
+// A tile of queries: Q, dO, the softmax's state and delta into the lanes.
 template <class C, class T>
 void load_tile(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t row_end,
                BackwardScratch<C>& scratch) {
@@ -200,9 +214,11 @@ void load_tile(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, in
       pack_query_rows<C, T>(p, p.dout, batch, rows, p.value_dim, scratch.dout, scratch.value_stride, stage);
   for (int lane = 0; lane < kTileQueries<C>; ++lane) {
     const int64_t at = batch * p.lse_batch + rows.head[lane] * p.lse_head + p.query_begin(batch) + rows.query[lane];
-    const C lse = reinterpret_cast<const C*>(p.lse)[at];
-    const bool idle = lane >= rows.count || lse == -kInfinity<C>;  // past the last row, or without keys: every P is 0
-    scratch.lse[lane] = idle ? kInfinity<C> : lse;
+    const RowState<C> state = row_state<C>(p, at);
+    // past the last row, or without keys: every P is 0
+    const bool idle = lane >= rows.count || state.max == -kInfinity<C>;
+    scratch.max[lane] = idle ? kInfinity<C> : state.max;
+    scratch.inverse[lane] = idle ? C(0) : state.inverse;
     scratch.delta[lane] = idle ? C(0) : reinterpret_cast<const C*>(p.delta)[at];
   }
 }
@@ -298,7 +314,7 @@ void backward(const FlashAttentionParams& p, Gradients which, int64_t batch, int
                                      kv_head * p.group + row % p.group));
 }
 
-template <class C, class T>
+template <class C, class T, class Sum>
 void bias_gradient(const FlashAttentionParams& p, const Range& range, void* memory) {
   constexpr int kSize = kTileQueries<C>;
   BackwardScratch<C> scratch(p, 0, memory);
@@ -313,7 +329,7 @@ void bias_gradient(const FlashAttentionParams& p, const Range& range, void* memo
           for_each_step(p, batch, rows, key, [&](int64_t step, int64_t from, int64_t begin, int64_t end) {
             differentiate_scores(p, batch, scratch, step, from, begin, end);
             for (int lane = 0; lane < rows.count; ++lane) {
-              C* to = reinterpret_cast<C*>(p.dbias.data) + batch * p.dbias.batch + rows.head[lane] * p.dbias.head +
+              Sum* to = reinterpret_cast<Sum*>(p.dbias.data) + batch * p.dbias.batch + rows.head[lane] * p.dbias.head +
                       rows.query[lane] * p.dbias.query;
               for (int64_t i = begin; i < min_of(end, p.key_count(batch)); ++i)
                 to[i * p.dbias.key] += scratch.dp[(i - begin) * kSize + lane];
@@ -324,15 +340,35 @@ void bias_gradient(const FlashAttentionParams& p, const Range& range, void* memo
     }
 }
 
+// a * b + c as the products of this instruction set round it.
+GK_INLINE float multiply_add(float a, float b, float c) {
+#if GENAI_KERNELS_ISA_LANES > 4
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+GK_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
+
+// The share of the sink in a row: all of it where there is no key.
+template <class C>
+double sink_probability(const FlashAttentionParams& p, int64_t head, const RowState<C>& row) {
+  if (row.max == -kInfinity<C>) return 1;
+  const double max = double(row.max) * (scores_are_modified(p) ? 1 : p.scale);
+  return __builtin_exp(double(reinterpret_cast<const C*>(p.sink)[head]) - max) * double(row.inverse);
+}
+
 template <class C, class T>
 void delta_of_head(const FlashAttentionParams& p, int64_t batch, int64_t head) {
   double dsink = 0;
   for (int64_t i = 0; i < p.query_count(batch); ++i) {
     const int64_t token = p.query_begin(batch) + i, at = batch * p.lse_batch + head * p.lse_head + token;
     const T *o = token_of<T>(p.out, batch, token, head), *dout = token_of<T>(p.dout, batch, token, head);
-    double sum = 0;
+    // The two chains of the product dO V^T: where a row sees one key, out = v, and dP - delta is exactly 0.
+    C chain[2] = {0, 0};
     for (int64_t d = 0; d < p.value_dim; ++d)
-      sum += double(to_compute(o[d * p.out.dim])) * double(to_compute(dout[d * p.dout.dim]));
+      chain[d % 2] = multiply_add(to_compute(o[d * p.out.dim]), to_compute(dout[d * p.dout.dim]), chain[d % 2]);
+    C sum = chain[0] + chain[1];
     const C lse = reinterpret_cast<const C*>(p.lse)[at];
     if (lse == -kInfinity<C>) {
       reinterpret_cast<C*>(p.delta)[at] = 0;  // no key: no gradient, whatever dlse
@@ -340,8 +376,8 @@ void delta_of_head(const FlashAttentionParams& p, int64_t batch, int64_t head) {
     }
     if (p.dlse)
       sum -= reinterpret_cast<const C*>(p.dlse)[batch * p.dlse_batch + head * p.dlse_head + token * p.dlse_token];
-    reinterpret_cast<C*>(p.delta)[at] = C(sum);
-    if (p.dsink) dsink -= __builtin_exp(double(reinterpret_cast<const C*>(p.sink)[head]) - double(lse)) * sum;
+    reinterpret_cast<C*>(p.delta)[at] = sum;
+    if (p.dsink) dsink -= sink_probability(p, head, row_state<C>(p, at)) * sum;
   }
   if (p.dsink) reinterpret_cast<C*>(p.dsink)[batch * p.heads + head] = C(dsink);
 }
@@ -392,7 +428,10 @@ void flash_attention_dbias_kernel(const FlashAttentionParams& p, const Range& ra
   GK_BASELINE_IF_F64(p, flash_attention_dbias_kernel(p, range, scratch))
   with_stored_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    bias_gradient<Compute<T>, T>(p, range, scratch);
+    if (p.dbias.dtype == Dtype::f64)
+      bias_gradient<Compute<T>, T, double>(p, range, scratch);
+    else
+      bias_gradient<Compute<T>, T, float>(p, range, scratch);
   });
 }
 

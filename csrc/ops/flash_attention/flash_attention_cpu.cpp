@@ -200,26 +200,33 @@ void finish(const FlashAttentionParams& p, int64_t batch, TileState<P>& state) {
   alignas(64) C most[kSize], sum[kSize], inverse[kSize], beside_sink[kSize];
   __builtin_memcpy(most, state.max, sizeof most);
   __builtin_memcpy(sum, state.sum, sizeof sum);
-  const C unit = scores_are_modified(p) ? C(1) : C(p.scale);
-  C* lse = reinterpret_cast<C*>(p.lse) + batch * p.lse_batch + p.query_begin(batch);
+  const double exact_unit = scores_are_modified(p) ? 1 : p.scale;
+  const C unit = C(exact_unit);
+  const int64_t first = batch * p.lse_batch + p.query_begin(batch);
+  C *lse = reinterpret_cast<C*>(p.lse) + first, *softmax_state = reinterpret_cast<C*>(p.softmax_state) + 2 * first;
   const TileRows<C>& rows = state.rows;
   for (int lane = 0; lane < kSize; ++lane) {
     if (lane >= rows.count) {
       sum[lane] = inverse[lane] = beside_sink[lane] = 0;
       continue;
     }
-    C top = most[lane] * unit, total = sum[lane];
+    const C top = most[lane] * unit;
+    C total = sum[lane];
+    double exact_top = double(most[lane]) * exact_unit;
     beside_sink[lane] = 1;
     if (p.sink) {
       const C sink = reinterpret_cast<const C*>(p.sink)[rows.head[lane]];
       const C higher = top > sink ? top : sink;
       beside_sink[lane] = top == -kInfinity<C> ? C(0) : C(__builtin_exp(top - higher));
       total = total * beside_sink[lane] + C(__builtin_exp(sink - higher));
-      top = higher;
+      if (!(top > sink)) exact_top = sink;
     }
     sum[lane] = total;
     inverse[lane] = total == 0 ? C(0) : 1 / total;
-    lse[rows.head[lane] * p.lse_head + rows.query[lane]] = total == 0 ? -kInfinity<C> : top + log(total);
+    const int64_t at = rows.head[lane] * p.lse_head + rows.query[lane];
+    lse[at] = total == 0 ? -kInfinity<C> : C(exact_top + __builtin_log(double(total)));
+    softmax_state[2 * at] = most[lane];
+    softmax_state[2 * at + 1] = beside_sink[lane] * inverse[lane];
   }
   for (int j = 0; j < kTileVectors && j * kStep < rows.count; ++j) {
     const Vec<C> by = load(inverse + j * kStep), divisor = load(sum + j * kStep), scale = load(beside_sink + j * kStep);

@@ -38,7 +38,7 @@ def _attend(
         alibi_slopes = alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
     if sink is not None:
         sink = sink.to(torch.promote_types(q.dtype, torch.float32))
-    out, lse = _ops.flash_attention(
+    out, lse, _ = _ops.flash_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, attn_bias, attn_mask, sink, rng_state, left, right,
         softmax_scale, softcap, dropout_p,
     )  # fmt: skip
@@ -175,13 +175,13 @@ def _lse_dtype(q):
 def _(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p):
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     tokens_heads = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return out, q.new_empty(tokens_heads, dtype=_lse_dtype(q))
+    return out, *(q.new_empty(shape, dtype=_lse_dtype(q)) for shape in (tokens_heads, (*tokens_heads, 2)))
 
 
 @torch.library.register_fake("genai_kernels::flash_attention_bwd")
 def _(
-    dout, dlse, q, k, v, out, lse, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap,
-    dropout_p, bias_grad,
+    dout, dlse, q, k, v, out, lse, softmax_state, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale,
+    softcap, dropout_p, bias_grad,
 ):  # fmt: skip
     gradients = [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)]
     dbias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
@@ -191,18 +191,19 @@ def _(
 def _save(ctx, inputs, output):
     q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, *ctx.numbers = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, slopes, bias, mask, sink, rng_state)
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, *options = ctx.saved_tensors
+def _backward(ctx, dout, dlse, _):
+    q, k, v, out, lse, softmax_state, *options = ctx.saved_tensors
     if dout is None:
         if dlse is None:
             return (None,) * 15
         dout = torch.zeros_like(out)
     bias_grad = ctx.needs_input_grad[6]
     dq, dk, dv, dbias, dsink = _ops.flash_attention_bwd(
-        dout, dlse, q, k, v, out, lse, *options, *ctx.numbers, bias_grad
+        dout, dlse, q, k, v, out, lse, softmax_state, *options, *ctx.numbers, bias_grad
     )
     dbias, dsink = dbias if bias_grad else None, None if options[-2] is None else dsink
     return dq, dk, dv, None, None, None, dbias, None, dsink, *[None] * 6

@@ -67,8 +67,10 @@ DENSE = [
     Sample("scale_negative", lambda m: qkv(m, softmax_scale=-0.3, return_lse=True)),
     Sample("large_scores", lambda m: qkv(m, tq=64, softmax_scale=6.0, causal=True, return_lse=True)),
     Sample("softcap", lambda m: qkv(m, tq=50, softcap=3.0, softmax_scale=1.0, causal=True)),
-    Sample("alibi", lambda m: qkv(m, tq=60, tk=75, h=4, alibi_slopes=slopes(4), causal=True)),
-    Sample("alibi_per_batch", lambda m: qkv(m, h=4, alibi_slopes=m.float32(2, 4).abs().detach(), return_lse=True)),
+    Sample("alibi", lambda m: qkv(m, tq=60, tk=75, h=4, alibi_slopes=slopes(4), causal=True),
+           frozen=("alibi_slopes",)),
+    Sample("alibi_per_batch", lambda m: qkv(m, h=4, alibi_slopes=m.float32(2, 4).abs(), return_lse=True),
+           frozen=("alibi_slopes",)),
     Sample("bias", lambda m: qkv(m, tq=50, tk=140, attn_bias=m(2, 2, 50, 140), return_lse=True)),
     Sample("bias_over_batch", lambda m: qkv(m, h=4, hk=2, attn_bias=m(1, 4, 40, 40), causal=True)),
     Sample("bias_over_heads", lambda m: qkv(m, attn_bias=m(2, 1, 40, 40))),
@@ -85,7 +87,7 @@ DENSE = [
     Sample("everything", lambda m: qkv(
         m, tq=70, tk=150, h=4, hk=2, d=24, dv=40, window_size=(60, 20), softcap=4.0, alibi_slopes=slopes(4),
         attn_bias=m(2, 4, 70, 150), attn_mask=m.mask(1, 1, 70, 150), sink=m.float32(4), dropout_p=0.1, seed=3,
-        return_lse=True)),
+        return_lse=True), frozen=("alibi_slopes",)),
     Sample("heads_first", lambda m: heads_first(m, tq=55, d=32, causal=True)),
     Sample("no_keys", lambda m: ((m(2, 3, 2, 8), m(2, 0, 2, 8), m(2, 0, 2, 8)), {"return_lse": True})),
     Sample("no_queries", lambda m: ((m(2, 0, 2, 8), m(2, 5, 2, 8), m(2, 5, 2, 8)), {})),
@@ -100,7 +102,8 @@ VARLEN = [
     Sample("window", lambda m: packed(m, [90, 150], [90, 150], window_size=(30, 0))),
     Sample("options", lambda m: packed(
         m, [20, 31], [25, 31], h=4, softcap=3.0, alibi_slopes=slopes(4), attn_bias=m(1, 4, 31, 31),
-        attn_mask=m.mask(2, 1, 1, 31), sink=m.float32(4), dropout_p=0.3, seed=11, return_lse=True)),
+        attn_mask=m.mask(2, 1, 1, 31), sink=m.float32(4), dropout_p=0.3, seed=11, return_lse=True),
+        frozen=("alibi_slopes",)),
 ]  # fmt: skip
 
 
