@@ -1,0 +1,1 @@
+"""Doors for code written against other libraries. Nothing here acts on import."""
