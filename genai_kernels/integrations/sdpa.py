@@ -210,8 +210,10 @@ def _backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal,
     keys, (left, right) = _visible(query.shape[2], key.shape[2], is_causal)
     d_out, q, k, v, o = (t.transpose(1, 2) for t in (grad_out, query, key[:, :, :keys], value[:, :, :keys], out))
     dq, *dkv = torch.ops.genai_kernels.flash_attention_bwd(
-        d_out, None, q, k, v, o, logsumexp.contiguous(), None, None, None, _bias(attn_mask, keys, query.dtype), None,
-        None, None, left, right, query.shape[-1] ** -0.5 if scale is None else scale, 0.0, 0.0, False,
+        dout=d_out, dlse=None, q=q, k=k, v=v, out=o, lse=logsumexp.contiguous(), softmax_state=None, cu_seqlens_q=None,
+        cu_seqlens_k=None, alibi_slopes=None, attn_bias=_bias(attn_mask, keys, query.dtype), attn_mask=None, sink=None,
+        rng_state=None, window_left=left, window_right=right, softcap=0.0, dropout_p=0.0, bias_grad=False,
+        softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
     )[:3]  # fmt: skip
     unseen = key.shape[2] - keys
     if unseen:
