@@ -10,10 +10,10 @@ struct NormParams {
   Dtype dtype;
   double eps;
   Parameter weight, bias;
-  Rows x, y;             // forward; in backward, x is what was normalised
-  Rows residual, sum;    // or null: x + residual is normalised, and written to sum
-  Rows dy, dx, dsum;     // backward; dsum, the gradient of sum, or null
-  double* dw_partial;    // [blocks, length], or null
+  Rows x, y;           // forward; in backward, x is what was normalised
+  Rows residual, sum;  // or null: x + residual is normalised, and written to sum
+  Rows dy, dx, dsum;   // backward; dsum, the gradient of sum, or null
+  double* dw_partial;  // [blocks, length], or null
   double* db_partial;
 };
 

@@ -42,7 +42,8 @@ Moments<Compute<S>> row_moments(const S* x, int64_t n, double eps) {
     };
     sum_squares(1);
     const C scale = rescue_scale<C>(sum[0], eps);
-    if (scale != 1) [[unlikely]] sum_squares(scale);
+    if (scale != 1) [[unlikely]]
+      sum_squares(scale);
     variance = sum[0] / (double(scale) * scale) / n - rest * rest;
   }
   const double rstd = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps);
@@ -120,7 +121,8 @@ void norm_backward_rows(const NormParams& p, int64_t r, const Compute<T>* weight
     const Vec<C> w = part.load_from(weight + i);
     ColumnSums<C> sum_dw, sum_db;
     GK_UNROLL for (int j = 0; j < Group; ++j) {
-      const Vec<C> normed = moments[j].template normed<Centered>(part.load_from(x[j] + i)), d = part.load_from(dy[j] + i);
+      const Vec<C> normed = moments[j].template normed<Centered>(part.load_from(x[j] + i)),
+                   d = part.load_from(dy[j] + i);
       sum_dw.add(d * normed);
       if constexpr (Centered) sum_db.add(d);
       const Vec<C> g = Centered ? d * w - mean_g[j] : d * w;  // not fused: exactly 0 where all g are equal

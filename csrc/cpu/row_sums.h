@@ -37,9 +37,8 @@ GK_INLINE void sum_row(int64_t n, double (&sums)[Count], F&& add) {
       GK_UNROLL for (int j = 0; j < kAccumulators; ++j) add(i + j * kStep, Whole{}, acc[j]);
     for (; i + kStep <= end; i += kStep) add(i, Whole{}, acc[0]);
     if (i < end) add(i, End{end - i}, acc[0]);
-    GK_UNROLL for (int s = 0; s < Count; ++s)
-      sums[s] += horizontal_sum<double>((in_double(acc[0][s]) + in_double(acc[1][s])) +
-                                        (in_double(acc[2][s]) + in_double(acc[3][s])));
+    GK_UNROLL for (int s = 0; s < Count; ++s) sums[s] += horizontal_sum<double>(
+        (in_double(acc[0][s]) + in_double(acc[1][s])) + (in_double(acc[2][s]) + in_double(acc[3][s])));
   }
 }
 

@@ -84,9 +84,8 @@ GK_INLINE const C* stage_parameter(const Parameter& parameter, int64_t n, C if_a
     const W* from = static_cast<const W*>(parameter.data);
     if constexpr (sizeof(Compute<W>) == sizeof(C))
       if (parameter.stride == 1)
-        return for_each_register<C>(n, [&](int64_t i, auto part) {
-          part.store_to(scratch + i, part.load_from(from + i));
-        });
+        return for_each_register<C>(
+            n, [&](int64_t i, auto part) { part.store_to(scratch + i, part.load_from(from + i)); });
     for (int64_t i = 0; i < n; ++i) scratch[i] = C(to_compute(from[i * parameter.stride]));
   });
   return scratch;

@@ -77,8 +77,8 @@ GK_INLINE void multiply(Vec<typename P::Compute> (&c)[Rows][Vectors], const type
     step(1, a + depth_stride, b + b_stride);
   }
   if (k < depth) step(0, a, b);
-  GK_UNROLL for (int i = 0; i < Rows; ++i)
-    GK_UNROLL for (int j = 0; j < Vectors; ++j) c[i][j] = sum[0][i][j] + sum[1][i][j];
+  GK_UNROLL for (int i = 0; i < Rows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j) c[i][j] =
+      sum[0][i][j] + sum[1][i][j];
 }
 
 }  // namespace

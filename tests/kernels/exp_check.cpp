@@ -11,7 +11,6 @@
 
 #include "cpu/region_headers.h"
 
-
 #ifndef GK_EXP_CHECK_FUNCTIONS  // this file includes itself, once per instruction set
 #define GK_EXP_CHECK_FUNCTIONS
 namespace genai_kernels {

@@ -5,6 +5,7 @@
 namespace genai_kernels {
 
 void fused_add_rms_norm_fwd_kernel(const NormParams& p, int64_t begin, int64_t end, void* scratch);
-void fused_add_rms_norm_bwd_kernel(const NormParams& p, const RowBlocks& blocks, int64_t begin, int64_t end, void* scratch);
+void fused_add_rms_norm_bwd_kernel(const NormParams& p, const RowBlocks& blocks, int64_t begin, int64_t end,
+                                   void* scratch);
 
 }  // namespace genai_kernels

@@ -20,7 +20,8 @@ void fused_add_rms_norm_fwd_kernel(const NormParams& p, int64_t begin, int64_t e
   });
 }
 
-void fused_add_rms_norm_bwd_kernel(const NormParams& p, const RowBlocks& blocks, int64_t begin, int64_t end, void* scratch) {
+void fused_add_rms_norm_bwd_kernel(const NormParams& p, const RowBlocks& blocks, int64_t begin, int64_t end,
+                                   void* scratch) {
   switch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     norm_backward<false, T>(p, blocks, begin, end, static_cast<Compute<T>*>(scratch));

@@ -31,8 +31,8 @@ void rms_norm_bwd_kernel(const NormParams& p, const RowBlocks& blocks, int64_t b
 
 #else
 
-GENAI_KERNELS_ISA_DISPATCH(void, rms_norm_fwd_kernel,
-                           (const NormParams& p, int64_t begin, int64_t end, void* scratch), (p, begin, end, scratch))
+GENAI_KERNELS_ISA_DISPATCH(void, rms_norm_fwd_kernel, (const NormParams& p, int64_t begin, int64_t end, void* scratch),
+                           (p, begin, end, scratch))
 GENAI_KERNELS_ISA_DISPATCH(void, rms_norm_bwd_kernel,
                            (const NormParams& p, const RowBlocks& blocks, int64_t begin, int64_t end, void* scratch),
                            (p, blocks, begin, end, scratch))

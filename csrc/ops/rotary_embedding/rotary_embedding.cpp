@@ -116,7 +116,8 @@ void rotary_embedding_out(const Tensor& x, const Tensor& cos, const Tensor& sin,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
   m.def(
-      "rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor");
+      "rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> "
+      "Tensor");
   m.def(
       "rotary_embedding_out(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, "
       "Tensor(a!) out) -> ()");

@@ -125,7 +125,7 @@ void rotary_fwd_kernel(const RotaryParams& p, int64_t begin, int64_t end, void* 
 
 #else
 
-GENAI_KERNELS_ISA_DISPATCH(void, rotary_fwd_kernel,
-                           (const RotaryParams& p, int64_t begin, int64_t end, void* scratch), (p, begin, end, scratch))
+GENAI_KERNELS_ISA_DISPATCH(void, rotary_fwd_kernel, (const RotaryParams& p, int64_t begin, int64_t end, void* scratch),
+                           (p, begin, end, scratch))
 
 #endif
