@@ -18,7 +18,7 @@ from genai_kernels.accuracy import verify_sample
 from genai_kernels.cli import console, doctor, report
 from genai_kernels.cli.plots import Line, line_plot
 from genai_kernels.cli.report import Section
-from genai_kernels.cli.timing import interleaved
+from genai_kernels.cli.timing import interleaved, peak_memory
 from genai_kernels.registry import OPS, Accuracy, Op, Part, Sample
 
 PACKAGE = Path(gk.__file__).parent
@@ -378,6 +378,12 @@ def test_timings_are_interleaved():
     assert timings["a"].rounds == turns.count("a")
     assert timings["a"].median >= 2e-3
     assert limit.median == 5.0
+
+
+def test_peak_memory_sees_what_a_call_allocates_and_frees():
+    for megabytes in (8, 64):
+        found = peak_memory(lambda n=megabytes: torch.ones(n, 2**18).sum())
+        assert megabytes * 2**20 <= found < (megabytes + 8) * 2**20
 
 
 def test_the_limits_of_the_machine():

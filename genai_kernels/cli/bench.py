@@ -25,7 +25,8 @@ from .select import add_selection, selected_ops
 SCHEMA = 1
 
 
-def _thread_counts(text: str) -> tuple[int, ...]:
+def thread_counts(text: str) -> tuple[int, ...]:
+    """(1, 2) from "1,2", for argparse."""
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -35,13 +36,15 @@ def _thread_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def _default_threads() -> tuple[int, ...]:
+def default_threads() -> tuple[int, ...]:
+    """One thread, and two where there are two cores."""
     return tuple(sorted({1, min(2, len(os.sched_getaffinity(0)))}))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
-    parser.add_argument("--threads", type=_thread_counts, default=_default_threads(), metavar="1,2")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--threads", type=thread_counts, default=default_threads(), metavar="1,2")
     parser.add_argument("--quick", action="store_true", help="the smallest case of each op, timed shortly")
     parser.add_argument("--seconds", type=float, help="about how long each contestant of a case is timed (default 0.5)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, and the peers that compile: slow")
@@ -106,7 +109,8 @@ def _print_comparison(new: dict[str, Any], old: dict[str, Any]) -> None:
         )
 
 
-def _warn_if_noisy(cases: list[dict[str, Any]], load: float) -> None:
+def warn_if_noisy(cases: list[dict[str, Any]], load: float) -> None:
+    """Says so if other work disturbed the timings."""
     noisy = sum(bool(case.get("noisy")) for case in cases)
     cores = len(os.sched_getaffinity(0))
     if noisy:
@@ -134,8 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
     dtypes = arguments.dtype or [torch.float32, torch.bfloat16]
     seconds = arguments.seconds or (0.1 if arguments.quick else 0.5)
     settings = measure.Settings(arguments.threads, seconds, arguments.compile)
-    with progress(measure.count(ops, dtypes, arguments.quick)) as step:
-        cases = measure.run(ops, dtypes, settings, arguments.quick, step)
+    with progress(measure.count(ops, dtypes, arguments.quick, arguments.case)) as step:
+        cases = measure.run(ops, dtypes, settings, arguments.quick, step, arguments.case)
     if not cases:
         say("bench: nothing to time: no selected op declares a benchmark sample", "bold red")
         return 1
@@ -147,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
     for line in report.failures(cases):
         say(line, "red" if "REFUSED" in line else "yellow")
     say(report.limits_line(found["limits"]))
-    _warn_if_noisy(cases, load_before)
+    warn_if_noisy(cases, load_before)
     if old is not None:
         _print_comparison(found, old)
     if arguments.json:
@@ -159,5 +163,8 @@ def run(arguments: argparse.Namespace) -> int:
         say('no plot: matplotlib is not installed; pip install "genai_kernels[cli]"', "yellow")
     refused = sum(bool(case["refused"]) for case in cases)
     if refused:
-        say(f"bench: {refused} of {len(cases)} results are wrong: no speed is given for them", "bold red")
+        say(
+            f"bench: {refused} of {len(cases)} cases have no valid result, and so no speed",
+            "bold red",
+        )
     return int(refused > 0)

@@ -68,6 +68,7 @@ class Case:
         self.call = _prepared(sample.build(Make(dtype, seed=seed)), None, backward)
         self._seed = seed
         self._gold: list[_Gold] = []
+        self.whole = True  # the whole result is checked, not parts of it
 
     def runner(self, function: Callable[..., Any]) -> Callable[[], Results]:
         """What is timed: the forward under inference_mode, or the backward of a forward that ran once, here."""
@@ -104,6 +105,7 @@ class Case:
         """Computes the eager and the float64 results: of the whole call, or of the parts that the op names."""
         args, kwargs = self.call
         parts: Sequence[Part] = self.op.parts(*args, **kwargs) if self.op.parts is not None else ()
+        self.whole = not parts
         self._gold = [self._gold_of(part) for part in parts] or [self._gold_of(None)]
 
     def _gold_of(self, part: Part | None) -> _Gold:

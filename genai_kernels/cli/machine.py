@@ -89,10 +89,14 @@ class Limits:
         """FLOP/s of `fma_f32`, `fma_f64` or `dot_bf16`, all threads together, in a burst of some milliseconds."""
         measure = torch.ops.genai_kernels.measure_peak
         if what not in self._iterations:
-            # 12 chains of 8 rounds of 2 flops a lane: a first guess, corrected to the burst's length
-            rate = max(measure(what, 5000) for _ in range(2)) / torch.get_num_threads()
+            # The best of some short bursts on one thread: a thread that waits for its core must not shorten the burst.
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            rate = max(measure(what, 5000) for _ in range(5))
+            torch.set_num_threads(threads)
             lanes = {"baseline": 4, "avx2": 8}.get(torch.ops.genai_kernels.isa(), 16)
-            self._iterations[what] = max(1000, int(rate * _BURST_SECONDS / (12 * 8 * 2 * lanes)))
+            flops = 12 * 8 * 2 * lanes  # of an iteration, in single precision: csrc/cpu/machine_limits.cpp
+            self._iterations[what] = max(1000, int(rate * _BURST_SECONDS / flops))
         return measure(what, self._iterations[what])
 
     def name_for(self, dtype: torch.dtype) -> str:

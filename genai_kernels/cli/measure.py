@@ -30,16 +30,17 @@ class Settings:
     seed: int = 0
 
 
-def cases_of(op: Op, quick: bool = False) -> list[Sample]:
-    """The samples to benchmark; quick: the one with the least work."""
-    samples = [s for s in op.samples if s.bench]
+def cases_of(op: Op, quick: bool = False, containing: str = "") -> list[Sample]:
+    """The samples to benchmark whose name contains a text; quick: of them the one with the least work."""
+    samples = [s for s in op.samples if s.bench and containing in s.name]
     if quick and samples:
         return [min(samples, key=lambda s: s.flops or s.elements)]
     return samples
 
 
 @contextlib.contextmanager
-def _threads(n: int) -> Iterator[None]:
+def set_threads(n: int) -> Iterator[None]:
+    """Runs a block with n of torch's threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -48,7 +49,7 @@ def _threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _compiled(function: Callable[..., Any], threads: int) -> Callable[..., Any]:
+def _prepare_compiler(threads: int) -> None:
     import torch._dynamo
     import torch._functorch.config
     import torch._inductor.config
@@ -56,16 +57,20 @@ def _compiled(function: Callable[..., Any], threads: int) -> Callable[..., Any]:
     torch._dynamo.reset()  # or the eighth shape is no longer compiled
     torch._inductor.config.cpp.threads = threads  # compiled into the kernel
     torch._functorch.config.donated_buffer = False  # the backward is run more than once
-    return torch.compile(function, dynamic=False)
 
 
-def _contestants(op: Op, sample: Sample, settings: Settings, threads: int) -> dict[str, Callable[..., Any]]:
+def _contestants(case: Case, settings: Settings, threads: int) -> dict[str, Callable[..., Any]]:
     """Ours first, then eager and the peers that the sample wants. A peer with a true `compiles` attribute is slow to
     start and waits for --compile."""
+    op, sample = case.op, case.sample
     found = {OURS: op.function}
-    others = {EAGER: op.reference, **op.peers}
+    others = dict(op.peers)
+    if case.whole:  # what is too large to be checked whole is too large for eager
+        others = {EAGER: op.reference, **others}
     if settings.compile:
-        others[COMPILED] = _compiled(op.reference, threads)
+        _prepare_compiler(threads)
+        if case.whole:
+            others[COMPILED] = torch.compile(op.reference, dynamic=False)
     for name, function in others.items():
         wanted = sample.peers is None or name in sample.peers or (name == COMPILED and EAGER in sample.peers)
         if wanted and (settings.compile or not getattr(function, "compiles", False)):
@@ -110,9 +115,9 @@ def measure(case: Case, settings: Settings, threads: int, limits: Limits) -> dic
         "timings": {},
         "failed": {},
     }
-    with _threads(threads):
+    with set_threads(threads):
         calls, first = {}, []
-        for name, function in _contestants(case.op, case.sample, settings, threads).items():
+        for name, function in _contestants(case, settings, threads).items():
             try:
                 run, results, verdict = _checked(case, function, peer=name != OURS)
             except Exception as error:  # a peer that cannot do this is a finding, not the end of the run
@@ -142,6 +147,8 @@ def measure(case: Case, settings: Settings, threads: int, limits: Limits) -> dic
         rate = (flops or nbytes) / timings[OURS].median
         result["limit"] = {"what": kind, "rate": rates.median, "spread": rates.spread}
         result.update(flops=flops, bytes=nbytes, rate=rate, share=rate / rates.median)
+        # faster than the machine can compute: something else ran while the limit was measured
+        result["noisy"] = result["noisy"] or bool(flops and result["share"] > 1 + NOISY)
     return result
 
 
@@ -151,15 +158,15 @@ def run(
     settings: Settings,
     quick: bool = False,
     step: Callable[[str], None] = lambda name: None,
-    samples: Callable[[Sample], bool] = lambda sample: True,
+    containing: str = "",
 ) -> list[dict[str, Any]]:
-    """Every case of these ops. `step` is called with the name of each case as it begins."""
+    """Every case of these ops whose name contains a text. `step` is called with the name of each case as it begins."""
     results = []
     limits: dict[int, Limits] = {}
     for threads in settings.threads:
-        with _threads(threads):
+        with set_threads(threads):
             limits[threads] = Limits()
-    for op, sample, dtype, backward in _cases(ops, dtypes, quick, samples):
+    for op, sample, dtype, backward in _cases(ops, dtypes, quick, containing):
         label = f"{op.name} {sample.name} {name_of(dtype)} {'backward' if backward else 'forward'}"
         step(label)
         try:
@@ -176,21 +183,20 @@ def run(
 
 
 def _cases(
-    ops: list[Op], dtypes: list[torch.dtype], quick: bool, samples: Callable[[Sample], bool]
+    ops: list[Op], dtypes: list[torch.dtype], quick: bool, containing: str
 ) -> list[tuple[Op, Sample, torch.dtype, bool]]:
     return [
         (op, sample, dtype, backward)
         for op in ops
-        for sample in cases_of(op, quick)
-        if samples(sample)
+        for sample in cases_of(op, quick, containing)
         for dtype in dtypes
         for backward in ((False, True) if op.differentiable else (False,))
     ]
 
 
-def count(ops: list[Op], dtypes: list[torch.dtype], quick: bool = False) -> int:
+def count(ops: list[Op], dtypes: list[torch.dtype], quick: bool = False, containing: str = "") -> int:
     """How many times `run` calls `step`."""
-    return len(_cases(ops, dtypes, quick, lambda sample: True))
+    return len(_cases(ops, dtypes, quick, containing))
 
 
 def _unprepared(
@@ -213,7 +219,7 @@ def measure_memory(threads: tuple[int, ...]) -> dict[str, Any]:
     """Streaming rates from memory and arithmetic peaks for each number of threads."""
     found = {}
     for n in threads:
-        with _threads(n):
+        with set_threads(n):
             limits = Limits()
             peaks = {
                 what: sorted(limits.peak(what) for _ in range(5))[2] for what in ("fma_f32", "fma_f64", "dot_bf16")

@@ -70,7 +70,7 @@ def line_plot(
     """Draws curves into a PNG file; with `log_x` the ticks are the points' own x. Returns False without matplotlib."""
     if not available():
         return False
-    figure, axes = _axes(7.5, 4.5)
+    figure, axes = _axes(7.5 if len(lines) <= 4 else 9.5, 4.5)
     for i, line in enumerate(lines):
         color = COLORS[(i if line.color is None else line.color) % len(COLORS)]
         few = len(line.x) <= 20
@@ -89,8 +89,10 @@ def line_plot(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(_number)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=9)
+    if len(lines) > 4:  # beside the curves, where it hides none
+        axes.legend(frameon=False, fontsize=9, handlelength=3, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif len(lines) > 1:
+        axes.legend(frameon=False, fontsize=9, handlelength=3)
     figure.savefig(path)
     return True
 

@@ -1,0 +1,67 @@
+"""The benchmarks' own code: README agrees with the committed results, and a short run writes what the report reads."""
+
+import json
+
+import pytest
+
+from benchmarks import report, run
+from genai_kernels.cli.bench import load
+
+
+def test_readme_agrees_with_the_committed_results():
+    for path, text in report.expected_files(report.results()).items():
+        assert path.read_text() == text, f"{path.name} is out of date: run `python -m benchmarks.report`"
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A result of rms_norm alone, measured shortly, with a small buffer for the rate of memory."""
+    path = tmp_path_factory.mktemp("run") / "machine.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("genai_kernels.cli.machine._memory_bytes", lambda: 2**26)
+        options = ["--quick", "--op", "rms_norm", "--dtype", "bf16", "--threads", "1", "--seconds", "0.01"]
+        code = run.main([*options, "--no-compile", "--out", str(path)])
+    assert code == 0
+    return path
+
+
+def test_a_run_writes_what_the_report_reads(short_run, tmp_path):
+    found = load(short_run)
+    assert {case["op"] for case in found["cases"]} == {"rms_norm"}
+    assert [row["mode"] for row in found["overhead"]] == ["inference_mode", "no_grad", "autograd"]
+    block = report.readme_block({"machine": found})
+    assert "| rms_norm | bfloat16 | forward | 1 |" in block
+    assert "| rms_norm | bfloat16 | backward | 1 |" in block
+    assert found["machine"]["id"] in report.page("machine", found)
+    images = report.draw("machine", found, tmp_path)
+    report.report.html_report(tmp_path / "r.html", "t", report.sections(found, images))
+    assert (tmp_path / "r.html").read_text().count("data:image/png") == len(images) > 0
+
+
+def test_one_op_replaces_its_cases_only(short_run, tmp_path):
+    found = load(short_run)
+    other = json.loads(json.dumps(found))
+    for case in other["cases"] + other["overhead"]:
+        case["op"] = "another"
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(other))
+    both = run.merged(json.loads(json.dumps(found)), path, {"rms_norm"})
+    assert [case["op"] for case in both["cases"]] == ["another"] * 2 + ["rms_norm"] * 2
+    other["machine"]["id"] = "another machine"
+    path.write_text(json.dumps(other))
+    assert len(run.merged(found, path, {"rms_norm"})["cases"]) == 2
+
+
+def test_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="expected the markers"):
+        report.with_block("text", "block")
+    changed = report.with_block(f"a\n{report.BEGIN}\nold\n{report.END}\nb", "new\n")
+    assert changed == f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
+
+
+@pytest.mark.parametrize(
+    ("sample", "kind"),
+    [("512x4096", ""), ("n2048_d64", ""), ("n2048_d64_causal", "causal"), ("n4096_d64_window256", "window")],
+)
+def test_kind_of_a_sample(sample, kind):
+    assert report.kind(sample) == kind
