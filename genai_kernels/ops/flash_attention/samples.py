@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...registry import Accuracy, Make, Sample
+from .peers import PEERS, parts
 from .reference import flash_attention_reference, flash_attention_varlen_reference
 
 
@@ -135,24 +136,6 @@ def _c_fp32(q, k, *args, **options):
     return 8 + math.sqrt(k.shape[-3]) / 4
 
 
-def _sdpa(q, k, v, *, causal=False, window_size=(-1, -1), softmax_scale=None, attn_mask=None, attn_bias=None, **other):
-    """PyTorch's own, for the calls it can express."""
-    if other or (causal and q.shape[1] != k.shape[1]):
-        raise NotImplementedError("scaled_dot_product_attention has no such option")
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    if max(window_size) >= 0:
-        from .reference import visible_mask
-
-        attn_mask = visible_mask(q.shape[2], k.shape[2], window_size[0], 0 if causal else window_size[1], q.device)
-        causal = False
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_bias if attn_mask is None else attn_mask, is_causal=causal, scale=softmax_scale,
-        enable_gqa=gqa,
-    )  # fmt: skip
-    return out.transpose(1, 2)
-
-
 def _bench(n: int, d: int, causal: bool, heads: int = 4, window: int | None = None) -> Sample:
     pairs = n * (n + 1) / 2 if causal else n * n
     name = f"n{n}_d{d}" + ("_causal" if causal else "")
@@ -161,8 +144,9 @@ def _bench(n: int, d: int, causal: bool, heads: int = 4, window: int | None = No
         pairs = window * n - window * (window - 1) / 2
         name, options = f"n{n}_d{d}_window{window}", {"window_size": (window - 1, 0)}
     flops = 4.0 * heads * d * pairs
+    peers = None if window is not None else ("eager", "sdpa", "flex_attention")
     return Sample(name, lambda m: heads_first(m, b=1, tq=n, h=heads, d=d, **options), bench=True, flops=flops,
-                  backward_flops=2.5 * flops)  # fmt: skip
+                  backward_flops=2.5 * flops, peers=peers)  # fmt: skip
 
 
 DENSE += [_bench(n, d, causal) for d in (64, 128) for n in (512, 2048, 8192) for causal in (False, True)]
@@ -172,7 +156,8 @@ _ACCURACY = Accuracy(forward=(1.0, 1.0), backward=(1.5, 1.1), c_low=4.0, c_fp32=
 DECLARED: dict[str, Any] = {
     "accuracy": _ACCURACY,
     "magnitude": _magnitude,
-    "peers": {"sdpa": _sdpa},
+    "peers": PEERS,
+    "parts": parts,
     "overloads": ("flash_attention", "flash_attention_bwd"),
 }
 DECLARED_VARLEN: dict[str, Any] = {
