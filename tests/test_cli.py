@@ -383,7 +383,8 @@ def test_timings_are_interleaved():
 def test_peak_memory_sees_what_a_call_allocates_and_frees():
     for megabytes in (8, 64):
         found = peak_memory(lambda n=megabytes: torch.ones(n, 2**18).sum())
-        assert megabytes * 2**20 <= found < (megabytes + 8) * 2**20
+        # Linux counts pages in batches for each thread
+        assert (megabytes - 1) * 2**20 < found < (megabytes + 8) * 2**20
 
 
 def test_the_limits_of_the_machine():

@@ -6,7 +6,6 @@ Runs python_models/char_lm.py of a checkout; whatever follows is handed to it.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "options: those of `python python_models/char_lm.py demo --help`"
+    parser.epilog = "options: those of `python -m python_models.char_lm demo --help`"
 
 
 def find_model() -> Path | None:
@@ -37,7 +36,5 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    # The model is a script beside the package: the folder above goes on the path, so that it imports this very package.
-    path = os.pathsep.join(p for p in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    command = [sys.executable, str(model), "demo", *arguments.rest]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=model.parents[1], check=False).returncode
+    command = [sys.executable, "-m", "python_models.char_lm", "demo", *arguments.rest]
+    return subprocess.run(command, cwd=model.parents[1], check=False).returncode
