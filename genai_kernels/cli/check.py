@@ -35,13 +35,16 @@ def _leaves(call: Any) -> Results:
     return found
 
 
-def _prepared(call: Any, dtype: torch.dtype | None, backward: bool) -> Any:
+def _prepared(call: Any, dtype: torch.dtype | None, backward: bool, frozen: Sequence[str] = ()) -> Any:
     def one(t: torch.Tensor) -> torch.Tensor:
         if not t.is_floating_point():
             return t
         return (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_(backward)
 
-    return map_tensors(one, call)
+    args, kwargs = map_tensors(one, call)
+    for name in frozen:
+        kwargs[name].requires_grad_(False)
+    return args, kwargs
 
 
 def _at(t: torch.Tensor, index: Index | None) -> torch.Tensor:
@@ -65,7 +68,7 @@ class Case:
 
     def __init__(self, op: Op, sample: Sample, dtype: torch.dtype, backward: bool, seed: int = 0) -> None:
         self.op, self.sample, self.dtype, self.backward = op, sample, dtype, backward
-        self.call = _prepared(sample.build(Make(dtype, seed=seed)), None, backward)
+        self.call = _prepared(sample.build(Make(dtype, seed=seed)), None, backward, sample.frozen)
         self._seed = seed
         self._gold: list[_Gold] = []
         self.whole = True  # the whole result is checked, not parts of it
@@ -113,7 +116,7 @@ class Case:
         where: Sequence[Index] | None = None if part is None else part.outputs
         op, results = self.op, []
         for dtype in (None, torch.float64):
-            call = _prepared(smaller, dtype, self.backward)
+            call = _prepared(smaller, dtype, self.backward, self.sample.frozen)
             if self.backward:
 
                 def cotangents(outputs: Results) -> Results:
