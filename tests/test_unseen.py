@@ -1,0 +1,96 @@
+"""What no query sees changes no bit, and a NaN stays in its row."""
+
+import pytest
+import torch
+from calls import same_bits
+
+import genai_kernels as gk
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NAN, INF = float("nan"), float("inf")
+each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+
+
+def attend(q, k, v, dout, dlse, **options):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out, lse = gk.flash_attention(*leaves, return_lse=True, **options)
+    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, [dout, dlse])]
+
+
+def case(dtype, queries=50, keys=150):
+    q, dout = (torch.randn(1, queries, 4, 24).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, keys, 2, 24).to(dtype) for _ in range(2))
+    return q, k, v, dout, torch.randn(1, 4, queries)
+
+
+HIDDEN = {  # name: (queries, keys, which keys nobody sees, options)
+    "window": (50, 150, slice(0, 83), {"window_size": (17, 0)}),
+    "padding": (50, 150, slice(123, 150), {}),
+    "holes": (50, 150, slice(3, 150, 7), {}),
+}
+
+
+def hidden_case(name, kind):
+    queries, keys, where, options = HIDDEN[name]
+    if kind == "window":
+        return queries, keys, where, options
+    seen = torch.ones(1, 1, 1, keys, dtype=torch.bool)
+    seen[..., where] = False
+    if kind == "mask":
+        return queries, keys, where, {"attn_mask": seen}
+    return queries, keys, where, {"attn_bias": torch.zeros(seen.shape).masked_fill(~seen, -INF)}
+
+
+@each_dtype
+@pytest.mark.parametrize("fill", [3e4, -3e4])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("window", "window"), ("padding", "mask"), ("padding", "bias"), ("holes", "mask"), ("holes", "bias")],
+)
+def test_keys_that_no_query_sees_change_no_bit(name, kind, fill, dtype):
+    queries, keys, where, options = hidden_case(name, kind)
+    q, k, v, dout, dlse = case(dtype, queries, keys)
+    k[:, where], v[:, where] = 0, 0
+    expected = attend(q, k, v, dout, dlse, **options)
+    k[:, where], v[:, where] = fill, fill
+    found = attend(q, k, v, dout, dlse, **options)
+    assert same_bits(found, expected)
+    assert not found[3][:, where].any()
+    assert not found[4][:, where].any()
+
+
+@each_dtype
+def test_tokens_that_no_sequence_owns_change_no_bit(dtype):
+    lengths_q, lengths_k = torch.tensor([0, 13, 40], dtype=torch.int32), torch.tensor([0, 70, 77], dtype=torch.int32)
+    q, dout = (torch.randn(51, 4, 24).to(dtype) for _ in range(2))
+    k, v = (torch.randn(90, 2, 24).to(dtype) for _ in range(2))
+    dlse = torch.randn(4, 51)
+    results = []
+    for fill in (0, NAN):
+        q[40:], dout[40:], dlse[:, 40:], k[77:], v[77:] = (fill,) * 5
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = gk.flash_attention_varlen(*leaves, lengths_q, lengths_k, causal=True, return_lse=True)
+        gradients = torch.autograd.grad([out, lse], leaves, [dout, dlse])
+        results.append([out.detach(), lse.detach(), *gradients])
+    assert same_bits(*results)
+    out, lse, dq, dk, dv = results[1]
+    assert not any(t.any() for t in (out[40:], dq[40:], dk[77:], dv[77:]))
+    assert (lse[:, 40:] == -INF).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("norm", [gk.rms_norm, gk.layer_norm], ids=["rms_norm", "layer_norm"])
+def test_a_nan_stays_in_its_row_of_a_norm(norm, dtype):
+    x, dy = torch.randn(13, 70).to(dtype), torch.randn(13, 70).to(dtype)
+
+    def both():
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        return [y.detach(), *torch.autograd.grad(y, leaf, dy)]
+
+    expected = both()
+    x[5, 69] = NAN
+    others = torch.arange(13) != 5
+    for found, before in zip(both(), expected, strict=True):
+        assert found[5].isnan().all()
+        assert same_bits(found[others], before[others])
