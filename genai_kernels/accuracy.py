@@ -50,8 +50,13 @@ def compare(
     k_rms: float,
     c: float | None = None,
     magnitude: torch.Tensor | None = None,
+    draws: int = 1,
 ) -> Verdict:
-    """Holds one output against the rule."""
+    """Holds one output against the rule.
+
+    With `draws` > 1 the tensors are flattened draws of one call's output, one after the other, and `E` is the mean of
+    the draws' largest errors: one unlucky rounding in one draw does not decide, a fault in one draw still does.
+    """
     verdict = Verdict(what)
     if ours.shape != ref.shape:
         verdict.complaint = f"shape {tuple(ours.shape)}, expected {tuple(ref.shape)}"
@@ -72,28 +77,33 @@ def compare(
     finite = torch.isfinite(ours) & torch.isfinite(ref)
     if not finite.any():
         return verdict
-    difference = (ours - ref)[finite].abs()
-    eager_difference = (eager - ref)[finite].abs().nan_to_num(posinf=0.0)
-    size = ref[finite].abs()
-    verdict.error, verdict.eager_error = difference.max().item(), eager_difference.max().item()
+    difference = (ours - ref).abs().masked_fill(~finite, 0)
+    eager_difference = (eager - ref).abs().nan_to_num(posinf=0.0).masked_fill(~finite, 0)
+    size = ref.abs().masked_fill(~finite, 0)
 
-    verdict.limit = limit = k * verdict.eager_error + u * size.max().item()
+    def largest(x: torch.Tensor) -> float:
+        return x.reshape(draws, -1).amax(dim=1).mean().item()
+
+    def rms(x: torch.Tensor) -> float:
+        return (x.square().sum() / finite.sum()).sqrt().item()
+
+    verdict.error, verdict.eager_error = largest(difference), largest(eager_difference)
+    verdict.limit = limit = k * verdict.eager_error + u * largest(size)
     if verdict.error > limit:
         verdict.complaint = f"largest error {verdict.error:.3e} > {limit:.3e} (eager {verdict.eager_error:.3e})"
         return verdict
-    rms, eager_rms = difference.square().mean().sqrt().item(), eager_difference.square().mean().sqrt().item()
-    limit = k_rms * eager_rms + 0.3 * u * size.square().mean().sqrt().item()
-    if rms > limit:
-        verdict.complaint = f"RMS error {rms:.3e} > {limit:.3e} (eager {eager_rms:.3e})"
+    limit = k_rms * rms(eager_difference) + 0.3 * u * rms(size)
+    if rms(difference) > limit:
+        verdict.complaint = f"RMS error {rms(difference):.3e} > {limit:.3e} (eager {rms(eager_difference):.3e})"
         return verdict
     if c is not None and magnitude is not None:
         # A is at least the smallest normal number: the spacing of numbers does not shrink below it
-        bound = c * u * magnitude.double().broadcast_to(ref.shape)[finite].clamp_min(smallest_normal)
-        excess = difference - bound
+        bound = c * u * magnitude.double().broadcast_to(ref.shape).clamp_min(smallest_normal)
+        excess = (difference - bound).flatten()
         if bool((excess > 0).any()):
             worst = int(excess.argmax())
             verdict.complaint = (
-                f"element error {difference[worst].item():.3e} > {bound[worst].item():.3e} = c u A with c = {c:g}"
+                f"element error {difference.flatten()[worst]:.3e} > {bound.flatten()[worst]:.3e} = c u A with c = {c:g}"
             )
     return verdict
 
@@ -176,8 +186,8 @@ def verify_sample(
 ) -> list[Verdict]:
     """Runs one sample three ways and returns a verdict for each output and gradient.
 
-    The largest error of a few hundred numbers is mostly luck. `draws` draws of the sample's random inputs are judged as
-    one tensor, so that the rule's factor 1.0 compares the computations and not the dice.
+    The largest error of a few hundred numbers is mostly luck. Several draws of the sample's random inputs are judged
+    together, so that the rule's factor 1.0 compares the computations and not the dice.
     """
     differentiate = backward and op.differentiable
     runs = [_three_ways(op, sample, dtype, differentiate, seed + draw) for draw in range(draws)]
@@ -206,5 +216,5 @@ def verify_sample(
                 sized = zip(draws_of[2], (run[1][i] for run in runs), strict=True)
                 magnitude = _pooled([m.double().broadcast_to(r.shape) for r, m in sized])
             c = c32 if ours.dtype in (torch.float32, torch.float64) else accuracy.c_low
-            verdicts.append(compare(what, ours, eager, ref, k, k_rms, c, magnitude))
+            verdicts.append(compare(what, ours, eager, ref, k, k_rms, c, magnitude, draws))
     return verdicts

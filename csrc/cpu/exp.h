@@ -7,6 +7,45 @@ namespace {
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kLn2 = 0x1.62e430p-1f;
 
+// 2^t for t <= 0, for softmax: exactly 1 at 0, exactly 0 below -126, NaN stays NaN. t = n + r with |r| <= 1/2; n is read
+// off the low mantissa bits of t + 1.5 * 2^23 (the bias 127 is in the constant); 2^r is a minimax polynomial with p(0) =
+// 1: relative error before rounding 2.0e-9 (degree 6), 2.9e-6 where the results go into 16-bit numbers (degree 4).
+template <bool Fine>
+GK_INLINE VecF exp2_nonpositive(VecF t) {
+  const VecF shifter = broadcast(0x1.8000fep23f);  // 1.5 * 2^23 + 127
+  const VecF shifted = t + shifter;
+  const VecF r = t - (shifted - shifter);
+  VecF p;
+  if constexpr (Fine) {
+    p = broadcast(0x1.41fb2cp-13f);
+    p = fma(p, r, broadcast(0x1.5f3f30p-10f));
+    p = fma(p, r, broadcast(0x1.3b2d50p-7f));
+    p = fma(p, r, broadcast(0x1.c6aee6p-5f));
+    p = fma(p, r, broadcast(0x1.ebfbdcp-3f));
+    p = fma(p, r, broadcast(0x1.62e430p-1f));
+  } else {
+    p = broadcast(0x1.3a0228p-7f);
+    p = fma(p, r, broadcast(0x1.c9fdecp-5f));
+    p = fma(p, r, broadcast(0x1.ec0380p-3f));
+    p = fma(p, r, broadcast(0x1.62e12ap-1f));
+  }
+  p = fma(p, r, broadcast(1.0f));
+  const VecF power = bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
+#if GENAI_KERNELS_ISA_LANES == 16
+  const __mmask16 representable = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  return (VecF)_mm512_maskz_mul_ps(representable, (__m512)p, (__m512)power);
+#else
+  const VecF y = p * power;
+  return t < broadcast(-126.0f) ? VecF{} : y;
+#endif
+}
+template <bool Fine>
+GK_INLINE VecD exp2_nonpositive(VecD t) {
+  VecD y;
+  for (int i = 0; i < kLanesOf<double>; ++i) y[i] = __builtin_exp2(t[i]);
+  return y;
+}
+
 // e^x for x <= 0, for softmax: exactly 1 at 0, exactly 0 below -87.3 (where it would be denormal), NaN stays NaN. x = n
 // ln2 + r in two pieces of ln2; n is read off the low mantissa bits of x log2(e) + 1.5 * 2^23 (the bias 127 is in the
 // constant), e^r is a minimax polynomial of degree 6 with p(0) = 1: relative error 2.0e-9 before rounding.

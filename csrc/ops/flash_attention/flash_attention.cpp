@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention(const Tensor& q, const Tensor
   // it: every row goes through the same sums wherever it lies.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t fair = rows * p.batch * p.kv_heads / (4 * threads);
-  p.block_rows = std::clamp<int64_t>(fair / kRowsMultiple * kRowsMultiple, kRowsMultiple, 8 * kRowsMultiple);
+  p.block_rows = std::clamp<int64_t>(fair / kRowsMultiple * kRowsMultiple, kRowsMultiple, 16 * kRowsMultiple);
   const int64_t blocks = (rows + p.block_rows - 1) / p.block_rows, pairs = p.batch * p.kv_heads;
   const int64_t scratch_bytes = flash_attention_fwd_scratch(p);
   parallel_for_dynamic(

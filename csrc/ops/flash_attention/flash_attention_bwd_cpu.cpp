@@ -45,8 +45,8 @@ struct BackwardScratch {
 
   BackwardScratch(const FlashAttentionParams& p, int64_t dq_rows, void* memory) {
     Arena arena(memory);
-    head_stride = round_up(p.head_dim, kLanesOf<C>);
-    value_stride = round_up(p.value_dim, kLanesOf<C>);
+    head_stride = row_stride<C>(p.head_dim);
+    value_stride = row_stride<C>(p.value_dim);
     rows = arena.take<TileRows<C>>(1);
     k = arena.take<C>(kBackwardKeys * head_stride);
     dk = arena.take<C>(kBackwardKeys * head_stride);
@@ -364,11 +364,17 @@ void delta_of_head(const FlashAttentionParams& p, int64_t batch, int64_t head) {
   for (int64_t i = 0; i < p.query_count(batch); ++i) {
     const int64_t token = p.query_begin(batch) + i, at = batch * p.lse_batch + head * p.lse_head + token;
     const T *o = token_of<T>(p.out, batch, token, head), *dout = token_of<T>(p.dout, batch, token, head);
-    // The two chains of the product dO V^T: where a row sees one key, out = v, and dP - delta is exactly 0.
+    // In float64; but a row with one key (whose sum is 1) takes the two chains of the product dO V^T: there out = v, and
+    // dP - delta is exactly 0.
+    const RowState<C> state = row_state<C>(p, at);
     C chain[2] = {0, 0};
-    for (int64_t d = 0; d < p.value_dim; ++d)
-      chain[d % 2] = multiply_add(to_compute(o[d * p.out.dim]), to_compute(dout[d * p.dout.dim]), chain[d % 2]);
-    C sum = chain[0] + chain[1];
+    double sum = 0;
+    for (int64_t d = 0; d < p.value_dim; ++d) {
+      const C a = to_compute(o[d * p.out.dim]), b = to_compute(dout[d * p.dout.dim]);
+      chain[d % 2] = multiply_add(a, b, chain[d % 2]);
+      sum += double(a) * double(b);
+    }
+    if (state.inverse == 1) sum = chain[0] + chain[1];
     const C lse = reinterpret_cast<const C*>(p.lse)[at];
     if (lse == -kInfinity<C>) {
       reinterpret_cast<C*>(p.delta)[at] = 0;  // no key: no gradient, whatever dlse
@@ -376,8 +382,8 @@ void delta_of_head(const FlashAttentionParams& p, int64_t batch, int64_t head) {
     }
     if (p.dlse)
       sum -= reinterpret_cast<const C*>(p.dlse)[batch * p.dlse_batch + head * p.dlse_head + token * p.dlse_token];
-    reinterpret_cast<C*>(p.delta)[at] = sum;
-    if (p.dsink) dsink -= sink_probability(p, head, row_state<C>(p, at)) * sum;
+    reinterpret_cast<C*>(p.delta)[at] = C(sum);
+    if (p.dsink) dsink -= sink_probability(p, head, state) * sum;
   }
   if (p.dsink) reinterpret_cast<C*>(p.dsink)[batch * p.heads + head] = C(dsink);
 }

@@ -6,7 +6,7 @@
 //
 //     S^T[key][query]  = K Q^T       A = K as it lies, B = Q^T (transposed once per block)
 //     P^T              = exp(S^T - max), in place; the running maximum and sum are lane vectors
-//     O^T[dim][query]  = alpha O^T + V^T P^T       A = V in panels of dims, B = P^T
+//     O^T[dim][query]  = alpha O^T + V^T P^T       A = V as it lies, B = P^T
 #include "cpu/region_headers.h"
 #include "ops/flash_attention/flash_attention.h"
 
@@ -38,7 +38,7 @@ template <class P>
 struct ForwardScratch {
   using C = typename P::Compute;
   using Word = typename P::Word;
-  int64_t q_words, k_stride, value_rows, tiles;
+  int64_t q_words, k_stride, v_stride, value_rows, tiles;
   TileState<P>* state;
   Word *k, *v;
   C *s, *extra;
@@ -48,12 +48,13 @@ struct ForwardScratch {
   ForwardScratch(const FlashAttentionParams& p, void* memory) {
     Arena arena(memory);
     q_words = (p.head_dim + P::kPerWord - 1) / P::kPerWord;
-    k_stride = round_up(q_words, kLanesOf<C>);
+    k_stride = row_stride<C>(q_words);
+    v_stride = row_stride<C>(p.value_dim);
     value_rows = round_up(p.value_dim, kTileRows);
     tiles = (p.block_rows + kTileQueries<C> - 1) / kTileQueries<C>;
     state = arena.take<TileState<P>>(tiles);
     k = arena.take<Word>(kTileKeys * k_stride);
-    v = arena.take<Word>(kTileKeys / P::kPerWord * value_rows);
+    v = arena.take<Word>(kTileKeys / P::kPerWord * v_stride);
     s = arena.take<C>(kTileKeys * kTileQueries<C>);
     extra = arena.take<C>(p.bias.data || p.mask.data ? kTileKeys * kTileQueries<C> : 0);
     stage = arena.take<double>(kLanes * max_of(p.head_dim, p.value_dim));
@@ -69,9 +70,9 @@ struct ForwardScratch {
 };
 
 // Probabilities of one step, in place: s[keys][lanes] to words [keys / kPerWord][lanes]. alpha is the factor for what was
-// summed under the old maximum; `unit` takes s to natural units. The maximum is subtracted before: the largest
+// summed under the old maximum; `unit` takes s to exponents of 2. The maximum is subtracted before: the largest
 // probability is exactly 1, and scores as large as floats get do not overflow.
-template <class P>
+template <class P, bool Fine>
 [[gnu::noinline]] void softmax_step(typename P::Compute* s, int64_t keys, typename P::Compute unit,
                                     const Vec<typename P::Compute>* tile_max, TileState<P>& state,
                                     Vec<typename P::Compute>* alpha) {
@@ -83,7 +84,7 @@ template <class P>
     most[j] = max(state.max[j], tile_max[j]);
     // where no key was seen yet the maximum is -inf; 0 in its place keeps -inf - -inf out
     const Vec<C> finite = most[j] == broadcast(-kInfinity<C>) ? Vec<C>{} : most[j];
-    alpha[j] = exp_nonpositive((state.max[j] - finite) * by);
+    alpha[j] = exp2_nonpositive<true>((state.max[j] - finite) * by);
     offset[j] = finite;
     sum[0][j] = sum[1][j] = Vec<C>{};
     state.max[j] = most[j];
@@ -93,7 +94,7 @@ template <class P>
       Vec<C> probability[2];
       GK_UNROLL for (int h = 0; h < 2; ++h) {
         const Vec<C> x = load(s + (i + h) * kSize + j * kStep);
-        probability[h] = exp_nonpositive((x - offset[j]) * by);
+        probability[h] = exp2_nonpositive<Fine>((x - offset[j]) * by);
         sum[h][j] = sum[h][j] + probability[h];
       }
       P::store_pair(s + i / P::kPerWord * kSize + j * kStep, kSize, probability);  // never ahead of the reads
@@ -117,12 +118,12 @@ void drop_step(const FlashAttentionParams& p, int64_t batch, const TileRows<type
 
 // o_t[kTileRows dims] = alpha o_t + V^T P^T for one panel of dims.
 template <class P>
-[[gnu::noinline]] void output_panel(const typename P::Word* v, const typename P::Word* p_t, int64_t depth,
+[[gnu::noinline]] void output_panel(const typename P::Word* v, int64_t v_stride, const typename P::Word* p_t, int64_t depth,
                                     const Vec<typename P::Compute>* alpha, typename P::Compute* o_t) {
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>, kSize = kTileQueries<C>;
   Vec<C> c[kTileRows][kTileVectors];  // of this step alone: the error grows with the steps, not with the keys
-  multiply<P>(c, v, 1, kTileRows, p_t, kSize, depth);
+  multiply<P>(c, v, 1, v_stride, p_t, kSize, depth);
   GK_UNROLL for (int i = 0; i < kTileRows; ++i)
     GK_UNROLL for (int j = 0; j < kTileVectors; ++j) {
       C* o = o_t + i * kSize + j * kStep;
@@ -133,7 +134,7 @@ template <class P>
 // The same, element by element and without multiplying by a zero: for a step that holds both hidden keys and values that
 // are NaN or infinite.
 template <class P>
-void output_panel_skipping_zeros(const typename P::Word* v, const typename P::Word* p_t, int64_t depth,
+void output_panel_skipping_zeros(const typename P::Word* v, int64_t v_stride, const typename P::Word* p_t, int64_t depth,
                                  const Vec<typename P::Compute>* alpha, typename P::Compute* o_t) {
   using C = typename P::Compute;
   constexpr int kSize = kTileQueries<C>;
@@ -151,7 +152,7 @@ void output_panel_skipping_zeros(const typename P::Word* v, const typename P::Wo
       for (int64_t k = 0; k < depth; ++k)
         for (int h = 0; h < P::kPerWord; ++h) {
           const C probability = part(p_t[k * kSize + lane], h);
-          if (probability != 0) sum += probability * part(v[k * kTileRows + i], h);
+          if (probability != 0) sum += probability * part(v[k * v_stride + i], h);
         }
       o_t[i * kSize + lane] = o_t[i * kSize + lane] * factor[lane] + sum;
     }
@@ -175,21 +176,22 @@ void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t k
   for (int64_t i = begin; i < end; i += kTileRows)
     score(scratch.k + (i - key) * scratch.k_stride, scratch.k_stride, state.q_t, scratch.q_words, state.rows, i,
           scratch.s + (i - begin) * kTileQueries<C>, tile_max);
+  const auto softmax = p.dtype == Dtype::f32 || p.dtype == Dtype::f64 ? softmax_step<P, true> : softmax_step<P, false>;
   if (modified) {
     modify_scores<C>(p, batch, state.rows, begin, end - begin, scratch.s, scratch.extra, nullptr, tile_max);
-    softmax_step<P>(scratch.s, end - begin, C(1), tile_max, state, alpha);
+    softmax(scratch.s, end - begin, C(kLog2E), tile_max, state, alpha);
   } else {
-    softmax_step<P>(scratch.s, end - begin, C(p.scale), tile_max, state, alpha);
+    softmax(scratch.s, end - begin, C(p.scale * 1.4426950408889634), tile_max, state, alpha);
   }
   if (p.dropout_p > 0) {
     if constexpr (P::kPerWord == 1) drop_step<P>(p, batch, state.rows, begin, end - begin, scratch.s);
   }
   const bool skip_zeros = !values_finite && (masked || p.mask.data || p.bias.data);
+  const auto* v = scratch.v + (begin - key) / P::kPerWord * scratch.v_stride;
   const auto output = skip_zeros ? output_panel_skipping_zeros<P> : output_panel<P>;
   const auto* p_t = reinterpret_cast<const typename P::Word*>(scratch.s);
   for (int64_t d = 0; d < scratch.value_rows; d += kTileRows)
-    output(scratch.v + (d * kTileKeys + (begin - key) * kTileRows) / P::kPerWord, p_t,
-           (end - begin) / P::kPerWord, alpha, state.o_t + d * kTileQueries<C>);
+    output(v + d, scratch.v_stride, p_t, (end - begin) / P::kPerWord, alpha, state.o_t + d * kTileQueries<C>);
 }
 
 // The rows of a tile to out and lse: O^T / sum, the sink included.
@@ -274,8 +276,16 @@ void forward_block(const FlashAttentionParams& p, int64_t batch, int64_t kv_head
     const int64_t keys = min_of<int64_t>(kTileKeys, p.key_count(batch) - key);
     pack_rows<P, T>(p.k, batch, begin + key, keys, kv_head, p.head_dim, scratch.k, scratch.k_stride, stage);
     const bool finite =
-        pack_values<P, T>(p.v, batch, begin + key, keys, kv_head, p.value_dim, scratch.v, stage);
-    for (int64_t t = 0; t < tiles; ++t) attend<P>(p, batch, key, keys, finite, scratch, scratch.state[t]);
+        pack_values<P, T>(p.v, batch, begin + key, keys, kv_head, p.value_dim, scratch.v, scratch.v_stride, stage);
+    for (int64_t t = 0; t < tiles; ++t) {
+      // The next step's keys come into L2 while this one's are multiplied, a share with each tile.
+      const int64_t next = key + kTileKeys, from = next + kTileKeys * t / tiles, to = next + kTileKeys * (t + 1) / tiles;
+      for (int64_t ahead = from; ahead < min_of(to, last_key + 1); ++ahead) {
+        prefetch_row<T>(p.k, batch, begin + ahead, kv_head, p.head_dim);
+        prefetch_row<T>(p.v, batch, begin + ahead, kv_head, p.value_dim);
+      }
+      attend<P>(p, batch, key, keys, finite, scratch, scratch.state[t]);
+    }
   }
   for (int64_t t = 0; t < tiles; ++t) finish<P, T>(p, batch, scratch.state[t]);
 }

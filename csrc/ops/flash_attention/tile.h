@@ -7,9 +7,9 @@
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
 namespace {
 
-// Keys of one step. 64 x 48 scores are 12 KiB of L1. Fixed positions (multiples from key 0), so that the sums of a row
+// Keys of one step. 128 x 48 scores are 24 KiB of L1. Fixed positions (multiples from key 0), so that the sums of a row
 // are grouped the same way whatever window, chunk or batch it comes with.
-constexpr int kTileKeys = 64;
+constexpr int kTileKeys = 128;
 // Keys are skipped, and the last ones padded, in groups of this: whole rows of a product, pairs of its two chains, and
 // the four words of a Philox counter.
 constexpr int kKeyGroup = 8;
@@ -29,6 +29,14 @@ GK_INLINE T max_of(T a, T b) {
   return a > b ? a : b;
 }
 GK_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Elements from one packed row to the next: whole registers, and one more where the rows would otherwise lie a multiple
+// of 1 KiB apart and share a few sets of the L1.
+template <class C>
+GK_INLINE int64_t row_stride(int64_t n) {
+  const int64_t whole = round_up(n, kLanesOf<C>);
+  return whole * int64_t(sizeof(C)) % 1024 ? whole : whole + kLanesOf<C>;
+}
 
 // Hands out pieces of a thread's scratch, each beginning on a cache line.
 class Arena {
@@ -101,6 +109,14 @@ GK_INLINE const T* contiguous(const T* from, int64_t stride, int64_t n, T* stage
   if (stride == 1) return from;
   for (int64_t i = 0; i < n; ++i) stage[i] = from[i * stride];
   return stage;
+}
+
+// Asks for the cache lines of a token; nothing is read.
+template <class T>
+GK_INLINE void prefetch_row(const HeadsView& view, int64_t batch, int64_t token, int64_t head, int64_t dim) {
+  if (view.dim != 1) return;
+  const T* row = token_of<T>(view, batch, token, head);
+  for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
 }
 
 // One register from element i of a contiguous row of n, zeros past the end.
@@ -176,41 +192,30 @@ bool pack_rows(const HeadsView& view, int64_t batch, int64_t begin, int64_t coun
   return finite.all_finite();
 }
 
-// out[panel of kTileRows dims][depth][kTileRows] = V transposed panel by panel, for the product over the keys; where a
-// word holds two keys, they are interleaved. False if an element is NaN or infinite.
+// The same for V, to be multiplied over the keys: where a word holds two keys, they are interleaved.
 template <class P, class T>
 bool pack_values(const HeadsView& view, int64_t batch, int64_t begin, int64_t count, int64_t head, int64_t dim,
-                 typename P::Word* out, T* stage) {
-  using C = typename P::Compute;
-  constexpr int kStep = kLanesOf<C>, kPiece = kStep < kTileRows ? kStep : kTileRows;
-  constexpr int64_t kPanel = kTileKeys / P::kPerWord * kTileRows;
-  Finiteness<C> finite;
-  const int64_t padded = round_up(dim, kTileRows);
-  for (int64_t key = 0; key < round_up(count, kKeyGroup); key += P::kPerWord) {
-    const T* row[P::kPerWord];
-    for (int h = 0; h < P::kPerWord; ++h)
-      row[h] = key + h < count ? contiguous(token_of<T>(view, batch, begin + key + h, head), view.dim, dim,
-                                            stage + h * dim)
-                               : nullptr;
-    typename P::Word* at = out + key / P::kPerWord * kTileRows;
-    for (int64_t d = 0; d < padded; d += kStep) {
-      Vec<C> x = row[0] ? load_at(row[0], d, dim) : Vec<C>{};
-      finite.see(x);
-      if constexpr (P::kPerWord == 2) {
-        const Vec<C> y = row[1] ? load_at(row[1], d, dim) : Vec<C>{};
+                 typename P::Word* out, int64_t stride, T* stage) {
+  if constexpr (P::kPerWord == 1) {
+    return pack_rows<P, T>(view, batch, begin, count, head, dim, out, stride, stage);
+  } else {
+    Finiteness<float> finite;
+    for (int64_t key = 0; key < round_up(count, kKeyGroup); key += 2, out += stride) {
+      const T* row[2];
+      for (int h = 0; h < 2; ++h)
+        row[h] = key + h < count ? contiguous(token_of<T>(view, batch, begin + key + h, head), view.dim, dim,
+                                              stage + h * dim)
+                                 : nullptr;
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const VecF x = row[0] ? load_at(row[0], d, dim) : VecF{}, y = row[1] ? load_at(row[1], d, dim) : VecF{};
+        finite.see(x);
         finite.see(y);
-        x = bit_cast<VecF>((bit_cast<VecU>(x) >> 16) | (bit_cast<VecU>(y) & 0xffff0000));  // exact: they were bf16
-      }
-      typename P::Word piece[kStep];
-      __builtin_memcpy(piece, &x, sizeof x);
-      for (int part = 0; part < kStep; part += kPiece) {
-        const int64_t dim_at = d + part;
-        if (dim_at < padded)
-          __builtin_memcpy(at + dim_at / kTileRows * kPanel + dim_at % kTileRows, piece + part, sizeof(C) * kPiece);
+        const VecU words = (bit_cast<VecU>(x) >> 16) | (bit_cast<VecU>(y) & 0xffff0000);  // exact: they were bf16
+        __builtin_memcpy(out + d, &words, sizeof words);
       }
     }
+    return finite.all_finite();
   }
-  return finite.all_finite();
 }
 
 // s[kTileRows][kTileQueries] = K Q^T for one panel of keys. Masked: -inf where a lane does not see a key. Max: also
@@ -360,6 +365,7 @@ GK_INLINE void with_product(const FlashAttentionParams& p, F&& f) {
 }
 
 // float64 is for gradcheck: one copy, the baseline's, serves every instruction set and saves a quarter of the build.
+#undef GK_BASELINE_IF_F64
 #if GENAI_KERNELS_ISA_LANES == 4
 #define GK_BASELINE_IF_F64(p, call)
 #else

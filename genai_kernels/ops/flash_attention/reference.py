@@ -40,7 +40,7 @@ def dropout_keep(
 
 
 def visible_mask(queries: int, keys: int, left: int, right: int, device: torch.device) -> torch.Tensor:
-    """Key j is visible to query i when `i + keys - queries - left <= j <= i + keys - queries + right`; -1 = no limit."""
+    """Key j is visible to query i if `i + keys - queries - left <= j <= i + keys - queries + right`; -1: no limit."""
     i = torch.arange(queries, device=device)[:, None] + (keys - queries)
     j = torch.arange(keys, device=device)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device)

@@ -76,7 +76,8 @@ DENSE = [
     Sample("bias_over_batch", lambda m: qkv(m, h=4, hk=2, attn_bias=m(1, 4, 40, 40), causal=True)),
     Sample("bias_over_heads", lambda m: qkv(m, attn_bias=m(2, 1, 40, 40))),
     Sample("bias_per_key", lambda m: qkv(m, attn_bias=m(2, 1, 1, 40))),
-    Sample("bias_per_query", lambda m: qkv(m, attn_bias=m(1, 2, 40, 1), softcap=5.0)),
+    # what is the same for all keys of a row changes its lse alone
+    Sample("bias_per_query", lambda m: qkv(m, attn_bias=m(1, 2, 40, 1), softcap=5.0, return_lse=True)),
     Sample("bias_float32", lambda m: qkv(m, attn_bias=m.float32(1, 1, 40, 40))),
     Sample("mask", lambda m: qkv(m, attn_mask=m.mask(2, 2, 40, 40), return_lse=True)),
     Sample("mask_padding", lambda m: qkv(m, attn_mask=m.mask(2, 1, 1, 40), causal=True)),
