@@ -364,17 +364,21 @@ void delta_of_head(const FlashAttentionParams& p, int64_t batch, int64_t head) {
   for (int64_t i = 0; i < p.query_count(batch); ++i) {
     const int64_t token = p.query_begin(batch) + i, at = batch * p.lse_batch + head * p.lse_head + token;
     const T *o = token_of<T>(p.out, batch, token, head), *dout = token_of<T>(p.dout, batch, token, head);
-    // In float64; but a row with one key (whose sum is 1) takes the two chains of the product dO V^T: there out = v, and
-    // dP - delta is exactly 0.
+    // In float64; but a row with one key (whose sum is 1) is summed as the product dO V^T is: there out = v, and dP -
+    // delta is exactly 0.
     const RowState<C> state = row_state<C>(p, at);
-    C chain[2] = {0, 0};
+    C as_product = 0;
     double sum = 0;
-    for (int64_t d = 0; d < p.value_dim; ++d) {
-      const C a = to_compute(o[d * p.out.dim]), b = to_compute(dout[d * p.dout.dim]);
-      chain[d % 2] = multiply_add(a, b, chain[d % 2]);
-      sum += double(a) * double(b);
+    for (int64_t fold = 0; fold < p.value_dim; fold += kFold) {
+      C chain[2] = {0, 0};
+      for (int64_t d = fold; d < min_of(p.value_dim, fold + kFold); ++d) {
+        const C a = to_compute(o[d * p.out.dim]), b = to_compute(dout[d * p.dout.dim]);
+        chain[d % 2] = multiply_add(a, b, chain[d % 2]);
+        sum += double(a) * double(b);
+      }
+      as_product = fold ? as_product + (chain[0] + chain[1]) : chain[0] + chain[1];
     }
-    if (state.inverse == 1) sum = chain[0] + chain[1];
+    if (state.inverse == 1) sum = as_product;
     const C lse = reinterpret_cast<const C*>(p.lse)[at];
     if (lse == -kInfinity<C>) {
       reinterpret_cast<C*>(p.delta)[at] = 0;  // no key: no gradient, whatever dlse

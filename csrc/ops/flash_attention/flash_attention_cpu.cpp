@@ -69,37 +69,47 @@ struct ForwardScratch {
   }
 };
 
+// How exactly a probability is computed: enough for results of 16 bits; for float32, with the scale and log2(e) in one
+// factor; or for scores that took a pass of their own anyway, without the rounding of that factor.
+enum class Exponential { coarse, fine, finest };
+
 // Probabilities of one step, in place: s[keys][lanes] to words [keys / kPerWord][lanes]. alpha is the factor for what was
-// summed under the old maximum; `unit` takes s to exponents of 2. The maximum is subtracted before: the largest
+// summed under the old maximum; `unit` takes s to exponents of 2 (of e for finest). The maximum is subtracted before: the largest
 // probability is exactly 1, and scores as large as floats get do not overflow.
-template <class P, bool Fine>
+template <class P, Exponential Kind>
 [[gnu::noinline]] void softmax_step(typename P::Compute* s, int64_t keys, typename P::Compute unit,
                                     const Vec<typename P::Compute>* tile_max, TileState<P>& state,
                                     Vec<typename P::Compute>* alpha) {
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>, kSize = kTileQueries<C>;
   const Vec<C> by = broadcast(unit);
-  Vec<C> most[kTileVectors], offset[kTileVectors], sum[2][kTileVectors];  // even and odd keys apart: half the error
+  const auto exponential = [&](Vec<C> x) GK_LAMBDA_INLINE {
+    if constexpr (Kind == Exponential::finest) return exp_nonpositive(x);
+    return exp2_nonpositive<Kind == Exponential::fine>(x * by);
+  };
+  Vec<C> most[kTileVectors], offset[kTileVectors], sum[4][kTileVectors];  // four chains: half the error of one
   for (int j = 0; j < kTileVectors; ++j) {
     most[j] = max(state.max[j], tile_max[j]);
     // where no key was seen yet the maximum is -inf; 0 in its place keeps -inf - -inf out
     const Vec<C> finite = most[j] == broadcast(-kInfinity<C>) ? Vec<C>{} : most[j];
-    alpha[j] = exp2_nonpositive<true>((state.max[j] - finite) * by);
+    alpha[j] = exponential(state.max[j] - finite);
     offset[j] = finite;
-    sum[0][j] = sum[1][j] = Vec<C>{};
+    for (auto& chain : sum) chain[j] = Vec<C>{};
     state.max[j] = most[j];
   }
-  for (int64_t i = 0; i < keys; i += 2)
-    GK_UNROLL for (int j = 0; j < kTileVectors; ++j) {
-      Vec<C> probability[2];
-      GK_UNROLL for (int h = 0; h < 2; ++h) {
-        const Vec<C> x = load(s + (i + h) * kSize + j * kStep);
-        probability[h] = exp2_nonpositive<Fine>((x - offset[j]) * by);
-        sum[h][j] = sum[h][j] + probability[h];
+  for (int64_t i = 0; i < keys; i += 4)
+    GK_UNROLL for (int j = 0; j < kTileVectors; ++j)
+      GK_UNROLL for (int half = 0; half < 4; half += 2) {
+        Vec<C> probability[2];
+        GK_UNROLL for (int h = 0; h < 2; ++h) {
+          const Vec<C> x = load(s + (i + half + h) * kSize + j * kStep);
+          probability[h] = exponential(x - offset[j]);
+          sum[half + h][j] = sum[half + h][j] + probability[h];
+        }
+        P::store_pair(s + (i + half) / P::kPerWord * kSize + j * kStep, kSize, probability);  // behind the reads
       }
-      P::store_pair(s + i / P::kPerWord * kSize + j * kStep, kSize, probability);  // never ahead of the reads
-    }
-  for (int j = 0; j < kTileVectors; ++j) state.sum[j] = fma(state.sum[j], alpha[j], sum[0][j] + sum[1][j]);
+  for (int j = 0; j < kTileVectors; ++j)
+    state.sum[j] = fma(state.sum[j], alpha[j], (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]));
 }
 
 // Dropout of one step: P^T times 0 or 1 / (1 - p), after the sums were taken.
@@ -176,13 +186,13 @@ void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t k
   for (int64_t i = begin; i < end; i += kTileRows)
     score(scratch.k + (i - key) * scratch.k_stride, scratch.k_stride, state.q_t, scratch.q_words, state.rows, i,
           scratch.s + (i - begin) * kTileQueries<C>, tile_max);
-  const auto softmax = p.dtype == Dtype::f32 || p.dtype == Dtype::f64 ? softmax_step<P, true> : softmax_step<P, false>;
-  if (modified) {
-    modify_scores<C>(p, batch, state.rows, begin, end - begin, scratch.s, scratch.extra, nullptr, tile_max);
-    softmax(scratch.s, end - begin, C(kLog2E), tile_max, state, alpha);
-  } else {
-    softmax(scratch.s, end - begin, C(p.scale * 1.4426950408889634), tile_max, state, alpha);
-  }
+  const bool narrow = p.dtype == Dtype::bf16 || p.dtype == Dtype::f16;
+  const auto softmax = narrow     ? softmax_step<P, Exponential::coarse>
+                       : modified ? softmax_step<P, Exponential::finest>
+                                  : softmax_step<P, Exponential::fine>;
+  if (modified) modify_scores<C>(p, batch, state.rows, begin, end - begin, scratch.s, scratch.extra, nullptr, tile_max);
+  const double unit = (modified ? 1 : p.scale) * 1.4426950408889634;
+  softmax(scratch.s, end - begin, C(unit), tile_max, state, alpha);
   if (p.dropout_p > 0) {
     if constexpr (P::kPerWord == 1) drop_step<P>(p, batch, state.rows, begin, end - begin, scratch.s);
   }

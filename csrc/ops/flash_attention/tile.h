@@ -227,7 +227,10 @@ template <class P, bool Masked, bool Max>
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>, kSize = kTileQueries<C>;
   Vec<C> c[kTileRows][kTileVectors];
-  multiply<P>(c, k, k_stride, 1, q_t, kSize, depth);
+  if constexpr (Max)
+    multiply<P>(c, k, k_stride, 1, q_t, kSize, depth);
+  else
+    multiply_folded<P>(c, k, k_stride, 1, q_t, kSize, depth);
   GK_UNROLL for (int j = 0; j < kTileVectors; ++j) {
     Vec<C> most;
     if constexpr (Max) most = tile_max[j];
