@@ -25,27 +25,29 @@ from genai_kernels.cli.select import op
 from python_models import char_data
 from python_models.char_lm import Config
 from python_models.char_lm_report import announce, corpus_line, in_bits, kneser_ney_bits, sample_text, speed_table
-from python_models.char_lm_speed import generation_speed, seconds_by_length
+from python_models.char_lm_speed import generation_speed, seconds_by_length, training_speed
 from python_models.char_lm_train import Agreement, Recipe, Run, agreement, bits, eager_twin, exact_twin, new_run
 
-# The cases of the table: what the model is made of, at sizes where the reference's score matrix still fits.
-CASES = {
-    "flash_attention": ("n2048_d64_causal", "n4096_d64_window256"),
-    "rms_norm": None,
-    "rotary_embedding": None,
-    "silu_and_mul": None,
-}
+# The cases of the table: op, what the name of its case contains, dtypes. The largest for which eager's score matrix and
+# its float64 twin take a few seconds.
+CASES = (
+    ("flash_attention", "n2048_d64_causal", (torch.float32,)),
+    ("flash_attention", "n4096_d64_window256", (torch.float32, torch.bfloat16)),
+    ("rms_norm", "512x4096", (torch.float32, torch.bfloat16)),
+    ("silu_and_mul", "512x11008", (torch.float32,)),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--out", type=Path, default=Path("demo_report"), help="folder of the plots and the report")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--twins", type=float, default=60.0, metavar="S", help="seconds for ours, eager and float64")
-    parser.add_argument("--train", type=float, default=40.0, metavar="S", help="seconds for ours to go on alone")
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--twins", type=float, default=55.0, metavar="S", help="seconds for ours, eager and float64")
+    parser.add_argument("--train", type=float, default=35.0, metavar="S", help="seconds for ours to go on alone")
+    parser.add_argument("--limit", type=float, default=160.0, metavar="S", help="no measurement is begun after it")
+    parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=4)
 
 
 @dataclasses.dataclass
@@ -84,12 +86,21 @@ def train_twins(config: Config, text: torch.Tensor, arguments: argparse.Namespac
         f"eager in float64, then ours alone up to {total}"
     )
     with progress(total + 2 * together) as step:
-        for i in range(total):
-            latest = f": {in_bits(ours.losses[-1:])[0]:.3f} bits/char" if ours.losses else ""
-            for name, run in (("ours", ours), ("eager", eager), ("float64", exact)):
-                if i < together or run is ours:
-                    step(f"step {i} {name}{latest}")
+
+        def advance(named: dict[str, Run], steps: int, seconds: float, least: int = 0) -> None:
+            """Steps in turn; fewer than planned when the machine has become much slower than it was."""
+            end = time.perf_counter() + 1.5 * seconds
+            for i in range(steps):
+                if i >= least and time.perf_counter() > end:
+                    break
+                latest = f": {in_bits(ours.losses[-1:])[0]:.3f} bits/char" if ours.losses else ""
+                for name, run in named.items():
+                    step(f"step {len(ours.losses)} {name}{latest}")
                     run.step()
+
+        advance({"ours": ours, "eager": eager, "float64": exact}, together, arguments.twins, least=10)
+        together = len(eager.losses)
+        advance({"ours": ours}, total - together, arguments.train)
     found = agreement(ours.losses[:together], eager.losses, exact.losses)
     return Twins(ours, eager, exact, together, found)
 
@@ -131,21 +142,22 @@ def _loss_plots(twins: Twins, folder: Path) -> list[Path]:
                   title="Training loss", xlabel="step", ylabel="bits per character"),
         line_plot(pictures[1], [Line("ours", clock["ours"], ours), Line("eager", clock["eager"], eager)],
                   title="Training loss by time", xlabel="seconds of training", ylabel="bits per character"),
-        line_plot(pictures[2], [Line("ours", steps[:n], found.error), Line("eager", steps[:n], found.eager_error),
+        line_plot(pictures[2], [Line("ours", steps[:n], found.error),
+                                Line("eager", steps[:n], found.eager_error, dashed=True),
                                 Line("allowed", steps[:n], found.limit, dashed=True, color=6)],
                   title="Distance of the loss from float64", xlabel="step", ylabel="nats", log_y=True),
     ]  # fmt: skip
     return [picture for picture, ok in zip(pictures, drawn, strict=True) if ok]
 
 
-def _lengths(config: Config) -> dict[str, dict[int, float]]:
+def _lengths(config: Config, end: float) -> dict[str, dict[int, float]]:
     powers = [512 * 2**i for i in range(5)]
     wanted = {
         "ours, window": powers, "ours, full": powers[:-1], "eager, window": powers[:3], "SDPA, window": powers[:4],
         "SDPA, full": powers[:-1],
     }  # fmt: skip
     with progress(sum(map(len, wanted.values()))) as step:
-        return seconds_by_length(config, wanted, rounds=2, step=step)
+        return seconds_by_length(config, wanted, rounds=2, step=step, end=end)
 
 
 def _length_table(lengths: dict[str, dict[int, float]]) -> report.Table:
@@ -154,15 +166,15 @@ def _length_table(lengths: dict[str, dict[int, float]]) -> report.Table:
     return ("forward + backward, ms", *(f"{n}" for n in every)), rows
 
 
-def _bench() -> list[dict[str, Any]]:
-    settings = measure.Settings(threads=(torch.get_num_threads(),), seconds=0.08)
-    dtypes, cases = [torch.float32, torch.bfloat16], []
-    ops = [op(name) for name in CASES]
-    with progress(sum(measure.count([o], dtypes, quick=CASES[o.name] is None) for o in ops)) as step:
-        for o in ops:
-            names = CASES[o.name]
-            wanted = (lambda sample, names=names: sample.name in names) if names else (lambda sample: True)
-            cases += measure.run([o], dtypes, settings, quick=names is None, step=step, samples=wanted)
+def _bench(end: float) -> list[dict[str, Any]]:
+    settings = measure.Settings(threads=(torch.get_num_threads(),), seconds=0.05)
+    cases: list[dict[str, Any]] = []
+    with progress(sum(measure.count([op(name)], list(dtypes), True, case) for name, case, dtypes in CASES)) as step:
+        for name, case, dtypes in CASES:
+            if time.perf_counter() < end:
+                cases += measure.run([op(name)], list(dtypes), settings, True, step, case)
+            else:
+                say(f"left out, for time: {name} {case}", "yellow")
     return cases
 
 
@@ -186,6 +198,9 @@ def run(arguments: argparse.Namespace) -> int:
     train_table = _train_table(twins)
     print_table("", *train_table, right=range(1, 5))
     say(_agreement_text(twins), None if twins.agreement.ok else "bold red")
+    step_speed = training_speed(config, Recipe(8, arguments.batch), corpus.train, rounds=7)
+    speed = speed_table(step_speed)
+    print_table("whole training steps in turn, beside PyTorch's own attention too", *speed, right=(1, 2, 3))
 
     announce("3. Validation and generated text")
     most = 40
@@ -207,16 +222,16 @@ def run(arguments: argparse.Namespace) -> int:
                 right=(1, 2, 3))  # fmt: skip
 
     announce("4. Time by length of the text")
-    lengths = _lengths(config)
+    lengths = _lengths(config, begin + 0.85 * arguments.limit)
     length_table = _length_table(lengths)
     print_table(f"the whole model, one text, window {config.window}", *length_table, right=range(1, 8))
-    curves = [Line(name, list(times), list(times.values()), dashed="full" in name) for name, times in lengths.items()]
+    curves = [Line(n, list(times), list(times.values()), dashed="full" in n) for n, times in lengths.items() if times]
     if line_plot(folder / "time_by_length.png", curves, title=f"Forward and backward, window {config.window} and full",
                  xlabel="characters", ylabel="seconds", log_x=True, log_y=True):  # fmt: skip
         pictures.append(folder / "time_by_length.png")
 
     announce("5. The ops, each result checked against float64 just before it is timed")
-    cases = _bench()
+    cases = _bench(begin + arguments.limit)
     columns, rows = report.case_table(cases)
     print_table("", columns, rows, right=range(4, len(columns) - 1))
     for line in report.failures(cases):
@@ -232,7 +247,7 @@ def run(arguments: argparse.Namespace) -> int:
         [
             Section("Machine", f"{report.machine_line(machine)}; {threads} threads"),
             Section("Text", corpus_line(corpus)),
-            Section("Training", f"{_agreement_text(twins)}\n\nThe rule: {Agreement.__doc__}", [train_table],
+            Section("Training", f"{_agreement_text(twins)}\n\nThe rule: {Agreement.__doc__}", [train_table, speed],
                     some("loss", "loss_by_time", "loss_error")),
             Section("Validation", quality),
             Section("Generated text", "\n\n".join(text.splitlines())),

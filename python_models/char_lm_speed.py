@@ -6,9 +6,11 @@ All contestants compute the same model on the same characters, in turn; what has
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -113,14 +115,16 @@ def training_speed(
     return _speed({n: r.seconds[1:] for n, r in runs.items()}, recipe.batch * config.context, failed)
 
 
-def generation_speed(model: CharLM, prompt: torch.Tensor, count: int = 64, rounds: int = 3) -> Speed:
+def generation_speed(
+    model: CharLM, prompt: torch.Tensor, count: int = 64, rounds: int = 3, compiled: bool = False
+) -> Speed:
     """Characters per second of generation with the rolling cache, and of ours without a cache, after the prompt.
 
     Raises:
         ArithmeticError: two contestants generate different characters.
     """
 
-    def generate(backend: str, cached: bool) -> tuple[list[torch.Tensor], float]:
+    def generate(backend: str, cached: bool, model: CharLM = model) -> tuple[list[torch.Tensor], float]:
         with gk.use_backend(backend):
             characters = model.generate(prompt, count + 1, temperature=0, cached=cached)
             found, begin = [next(characters)], time.perf_counter()  # the prompt is another matter
@@ -132,6 +136,11 @@ def generation_speed(model: CharLM, prompt: torch.Tensor, count: int = 64, round
         EAGER: lambda: generate("reference", True),
         "ours without a cache": lambda: generate("auto", False),
     }
+    if compiled:
+        other = copy.deepcopy(model)
+        other.compile(dynamic=True)  # positions and keys are numbers that change with each character
+        generate("reference", True, other)
+        contestants[COMPILED] = lambda: generate("reference", True, other)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     text = None
     for _ in range(rounds):
@@ -153,19 +162,25 @@ def _collected() -> Iterator[None]:
 
 
 def seconds_by_length(
-    config: Config, lengths: dict[str, list[int]], rounds: int = 3, step: Callable[[str], None] = lambda name: None
+    config: Config,
+    lengths: dict[str, list[int]],
+    rounds: int = 3,
+    step: Callable[[str], None] = lambda name: None,
+    end: float = math.inf,
 ) -> dict[str, dict[int, float]]:
     """Seconds of forward and backward on one text of N characters, for each N: the least of some rounds.
 
     Args:
         lengths: the N of each of "ours, window", "ours, full", "eager, window", "eager, full", "SDPA, window",
             "SDPA, full".
+        step: called with the name of each measurement as it begins.
+        end: of time.perf_counter(): nothing is begun after it.
     """
     found: dict[str, dict[int, float]] = {name: {} for name in lengths}
     for length in sorted({n for some in lengths.values() for n in some}):
         characters = torch.randint(config.vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0))
         for name, wanted in lengths.items():
-            if length not in wanted:
+            if length not in wanted or time.perf_counter() > end:
                 continue
             step(f"{name}, {length} characters")
             backend, _, span = name.partition(", ")
