@@ -21,7 +21,7 @@ import torch, genai_kernels
 print(f"{torch.ops.genai_kernels.isa()}: {torch.ops.genai_kernels.isa_reason()}")
 """
 
-# Every twentieth pair of sample and dtype, other ones for each set: test_conformance.py has all of them with the best set.
+# Every twentieth pair of sample and dtype, other ones for each set: test_conformance.py has all with the best set.
 CONFORM = """
 import sys, torch, genai_kernels as gk
 from genai_kernels.accuracy import verify_sample

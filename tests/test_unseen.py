@@ -60,6 +60,22 @@ def test_keys_that_no_query_sees_change_no_bit(name, kind, fill, dtype):
 
 
 @each_dtype
+@pytest.mark.parametrize("fill", [NAN, INF], ids=["nan", "inf"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("window", "window"), ("padding", "mask"), ("padding", "bias"), ("holes", "mask"), ("holes", "bias")],
+)
+def test_keys_that_no_query_sees_bring_no_nan(name, kind, fill, dtype):
+    queries, keys, where, options = hidden_case(name, kind)
+    q, k, v, dout, dlse = case(dtype, queries, keys)
+    k[:, where], v[:, where] = fill, fill
+    found = attend(q, k, v, dout, dlse, **options)
+    assert all(t.isfinite().all() for t in found)
+    assert not found[3][:, where].any()
+    assert not found[4][:, where].any()
+
+
+@each_dtype
 def test_tokens_that_no_sequence_owns_change_no_bit(dtype):
     lengths_q, lengths_k = torch.tensor([0, 13, 40], dtype=torch.int32), torch.tensor([0, 70, 77], dtype=torch.int32)
     q, dout = (torch.randn(51, 4, 24).to(dtype) for _ in range(2))

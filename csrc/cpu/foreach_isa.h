@@ -11,6 +11,8 @@
 //   GENAI_KERNELS_ISA_DISPATCH(void, my_op, (const Params& p), (p))   //  genai_kernels::my_op runs the selected one
 //   #endif
 //
+// -DGENAI_KERNELS_BASELINE_ONLY compiles the baseline alone, for tools that build a kernel many times (tests/mutants.py).
+//
 // In (3): GENAI_KERNELS_ISA_LANES = fp32 lanes of the widest register, GENAI_KERNELS_ISA_BF16 = 1 if dpbf16 exists.
 //
 // Hazard: an inline function or template of a header (std, torch) that is compiled inside the region becomes a weak
@@ -41,7 +43,7 @@
 #undef GENAI_KERNELS_ISA_BF16
 #define GENAI_KERNELS_ISA_TABLE(fn) {&baseline::fn}
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(GENAI_KERNELS_BASELINE_ONLY)
 
 GENAI_KERNELS_ISA_BEGIN("avx2,fma,f16c")
 #define GENAI_KERNELS_ISA_NAME avx2

@@ -1,0 +1,255 @@
+"""Planted faults: texts of the kernels' sources and what takes their place. Spaces and line breaks count as equal.
+
+Each must occur exactly once (tests/test_mutants.py). `units` are the files to compile again; the tests of `op` decide.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    op: str
+    name: str
+    file: str
+    old: str
+    new: str
+    units: tuple[str, ...]
+
+
+ATTENTION = "csrc/ops/flash_attention/"
+FORWARD, BACKWARD = ATTENTION + "flash_attention_cpu.cpp", ATTENTION + "flash_attention_bwd_cpu.cpp"
+TILE, HOST = ATTENTION + "tile.h", ATTENTION + "flash_attention.cpp"
+
+
+def kernel(op):
+    return f"csrc/ops/{op}/{op}_cpu.cpp"
+
+
+def planted(op, file, *faults, units=None):
+    return [Mutant(op, name, file, old, new, units or (file,)) for name, old, new in faults]
+
+
+MUTANTS = [
+    *planted(
+        "flash_attention",
+        TILE,
+        ("right edge one key further", "diagonal + p.right)", "diagonal + p.right + 1)"),
+        ("right edge one key nearer", "diagonal + p.right)", "diagonal + p.right - 1)"),
+        ("left edge one key further", "diagonal - p.left)", "diagonal - p.left - 1)"),
+        ("left edge one key nearer", "diagonal - p.left)", "diagonal - p.left + 1)"),
+        ("aligned at the top left", "diagonal = query[lane] + shift;", "diagonal = query[lane];"),
+        ("wrong head of a group", "kv_head * p.group + r % p.group", "kv_head + r % p.group * p.kv_heads"),
+        ("wrong query of a group", "query[lane] = r / p.group;", "query[lane] = r % p.group;"),
+        ("edges never masked", "most_first <= key && key + keys - 1 <= least_last", "true"),
+        ("left edge never masked", "most_first <= key && key + keys - 1 <= least_last", "key + keys - 1 <= least_last"),
+        ("right edge masked one late", "key + keys - 1 <= least_last", "key + keys - 2 <= least_last"),
+        (
+            "keys of the first group skipped",
+            "(least_first - origin) / kKeyGroup * kKeyGroup",
+            "round_up(least_first - origin, kKeyGroup)",
+        ),
+        (
+            "keys of the last group skipped",
+            "round_up(most_last + 1 - origin, kKeyGroup)",
+            "(most_last + 1 - origin) / kKeyGroup * kKeyGroup",
+        ),
+        ("tail of a row skipped", "load(row + i) : load_first(row + i, n - i)", "load(row + i) : Vec<Compute<T>>{}"),
+        ("last visible key masked", "(at > last)", "(at >= last)"),
+        ("first visible key masked", "(at < first)", "(at <= first)"),
+        ("bias of the first sequence for all", "batch * p.bias.batch", "0 * p.bias.batch"),
+        ("bias of the first head for all", "rows.head[lane] * p.bias.head", "0 * p.bias.head"),
+        ("bias of a lane instead of its query", "rows.query[lane] * p.bias.query", "lane * p.bias.query"),
+        ("mask inverted", "if (!from[i * p.mask.key])", "if (from[i * p.mask.key])"),
+        ("mask of the first head for all", "rows.head[lane] * p.mask.head", "0 * p.mask.head"),
+        ("mask without the key's offset", "+ key * p.mask.key;", ";"),
+        ("softcap not multiplied back", "x = cap * t;", "x = t;"),
+        ("ALiBi without the absolute value", "max(distance, -distance)", "distance"),
+        ("ALiBi of the first sequence for all", "batch * p.slopes_batch", "0 * p.slopes_batch"),
+        ("negative scale as any other", "p.mask.data || !(p.scale > 0)", "p.mask.data"),
+        ("modified scores without the window", "(position < first) | (position > last)", "position < first"),
+        ("dropout without its factor", "C(1 / (1 - p.dropout_p))", "C(1)"),
+        (
+            "dropout of the first sequence for all",
+            "uint32_t(batch * p.heads + rows.head[lane])",
+            "uint32_t(rows.head[lane])",
+        ),
+        ("dropout of four keys at once", "words[i][lane] >= threshold", "words[0][lane] >= threshold"),
+        ("dropout inverted", "words[i][lane] >= threshold", "words[i][lane] < threshold"),
+        ("NaN of hidden values multiplied", "sum = sum + (v - v);", "(void)v;"),
+        units=(FORWARD, BACKWARD),
+    ),
+    *planted(
+        "flash_attention",
+        TILE,
+        ("slope of the softcap 1", "broadcast(C(1)) - t * t", "broadcast(C(1)) - t * 0"),
+        units=(BACKWARD,),
+    ),
+    *planted(
+        "flash_attention",
+        FORWARD,
+        ("output never rescaled", "store(o, fma(load(o), alpha[j], c[i][j]));", "store(o, load(o) + c[i][j]);"),
+        ("sum never rescaled", "fma(state.sum[j], alpha[j],", "fma(state.sum[j], broadcast(C(1)),"),
+        ("maximum of the step alone", "max(state.max[j], tile_max[j])", "tile_max[j]"),
+        ("scale one percent off", "(modified ? 1 : p.scale) * 1.4426950408889634", "(modified ? 1 : p.scale) * 1.457"),
+        ("lse without the maximum", "C(exact_top + __builtin_log(double(total)))", "C(__builtin_log(double(total)))"),
+        ("sink not in the sum", "+ C(__builtin_exp(sink - higher))", ""),
+        ("sink of the first head for all", "(p.sink)[rows.head[lane]]", "(p.sink)[0]"),
+        (
+            "output without the sink's share",
+            "fma(fma(-quotient, divisor, o), by, quotient) * scale",
+            "fma(fma(-quotient, divisor, o), by, quotient)",
+        ),
+        ("keys begin too late", "first_key = min_of(first_key,", "first_key = max_of(first_key,"),
+        ("last step skipped where one key is left", "key <= last_key", "key < last_key"),
+        ("dropout left out", "if (p.dropout_p > 0) { if", "if (p.dropout_p > 2) { if"),
+        (
+            "one chain of the sum forgotten",
+            "(sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j])",
+            "(sum[0][j] + sum[1][j]) + sum[2][j]",
+        ),
+        ("last element of a head not stored", "store_first(to, x[l], dims);", "store_first(to, x[l], dims - 1);"),
+    ),
+    *planted(
+        "flash_attention",
+        BACKWARD,
+        ("delta left out", "(gradient - load(scratch.delta + j * kStep))", "gradient"),
+        ("dlse added", "sum -= reinterpret_cast<const C*>(p.dlse)", "sum += reinterpret_cast<const C*>(p.dlse)"),
+        ("NaN select removed", "score == hidden ? Vec<C>{} : gradient", "gradient"),
+        ("dv without dropout", "kept = probability * by;", "kept = probability;"),
+        ("dp without dropout", "gradient = gradient * by;", ""),
+        ("softcap's slope left out", "if (p.softcap > 0) multiply_by_slope_of_cap(scratch, keys);", ""),
+        ("dk without the scale", "C(p.scale), token_of<T>(p.dk,", "C(1), token_of<T>(p.dk,"),
+        ("dq without the scale", "C(p.scale), token_of<T>(p.dq,", "C(1), token_of<T>(p.dq,"),
+        ("dq of one head of a group", "kv_head * p.group + row % p.group", "kv_head * p.group"),
+        (
+            "tiles skipped before their keys",
+            "rows.least_first >= key + kBackwardKeys",
+            "rows.least_first >= key + kTileKeys",
+        ),
+        ("dbias of the first sequence for all", "batch * p.dbias.batch", "0 * p.dbias.batch"),
+        ("dbias overwritten, not summed", "to[i * p.dbias.key] +=", "to[i * p.dbias.key] ="),
+        (
+            "sink of rows without keys",
+            "if (row.max == -kInfinity<C>) return 1;",
+            "if (row.max == -kInfinity<C>) return 0;",
+        ),
+        ("dsink of the other sign", "dsink -= sink_probability", "dsink += sink_probability"),
+        (
+            "delta of the first dims",
+            "d < min_of(p.value_dim, fold + kFold); ++d",
+            "d + 1 < min_of(p.value_dim, fold + kFold); ++d",
+        ),
+    ),
+    *planted(
+        "flash_attention",
+        HOST,
+        ("slopes of the first sequence for all", "per_batch ? p.heads : 0", "0"),
+        ("lse of unowned rows not written", "torch::stable::fill_(rest_lse, -INFINITY);", ""),
+        ("strides of the bias ignored where it is broadcast", "if (t.size(i) > 1) strides[target]", "strides[target]"),
+    ),
+    *planted(
+        "flash_attention",
+        "csrc/cpu/exp.h",
+        ("a coefficient of the exponential", "broadcast(0x1.ebfbdcp-3f)", "broadcast(0x1.ebf0dcp-3f)"),
+        units=(FORWARD,),
+    ),
+    *planted(
+        "flash_attention",
+        "csrc/cpu/tanh.h",
+        ("a coefficient of the tangent", "broadcast(0x1.110726p-3f)", "broadcast(0x1.112726p-3f)"),
+        units=(FORWARD,),
+    ),
+    *planted(
+        "layer_norm",
+        "csrc/cpu/norm_rows.h",
+        (
+            "eps outside the root",
+            "1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps)",
+            "1 / (__builtin_sqrt(variance < 0 ? 0 : variance) + eps)",
+        ),
+        ("rest of the mean forgotten", "broadcast(C(-rest * rstd))", "broadcast(C(0))"),
+        ("squares around zero", "part.load_from(x + i) - center) * scale", "part.load_from(x + i)) * scale"),
+        ("bias left out", "fma(normed, w, part.load_from(bias + i))", "normed * w"),
+        ("residual not added", "part.load_from(x + i) + part.load_from(residual + i)", "part.load_from(x + i)"),
+        (
+            "new residual without x",
+            "part.store_to(rounded + i, v);",
+            "part.store_to(rounded + i, part.load_from(residual + i));",
+        ),
+        ("dx without its pull", "fma(normed, pull[j], g)", "g"),
+        ("dx without the mean of g", "Centered ? d * w - mean_g[j] : d * w", "d * w"),
+        ("dx without dsum", "dsum[j] ? own + part.load_from(dsum[j] + i) : own", "own"),
+        ("dw of dy alone", "sum_dw.add(d * normed);", "sum_dw.add(d);"),
+        ("last row of a block skipped", "for (; r < blocks.end(block); ++r)", "for (; r + 1 < blocks.end(block); ++r)"),
+        units=(kernel("layer_norm"),),
+    ),
+    *planted(
+        "rms_norm",
+        "csrc/cpu/row_sums.h",
+        ("huge rows not rescued", "sum_of_squares < 0x1p126 ? 1.0f : 0x1p-96f", "1.0f"),
+        ("end of a long row not summed", "if (i < end) add(i, End{end - i}, acc[0]);", ""),
+        (
+            "a piece of a long row summed twice",
+            "n - begin < kPiece ? n : begin + kPiece",
+            "n - begin < kPiece ? n : begin + kPiece + 1",
+        ),
+        units=(kernel("rms_norm"),),
+    ),
+    *planted(
+        "rms_norm",
+        "csrc/cpu/staged_row.h",
+        ("stride of a row ignored", "scratch[i] = row[i * rows.inner_stride];", "scratch[i] = row[i];"),
+        ("stride of a weight ignored", "from[i * parameter.stride]", "from[i]"),
+        units=(kernel("rms_norm"),),
+    ),
+    *planted(
+        "rms_norm",
+        "csrc/cpu/sum_blocks.cpp",
+        ("first block not summed", "for (int64_t b = 0; b < blocks; ++b)", "for (int64_t b = 1; b < blocks; ++b)"),
+    ),
+    *planted(
+        "rotary_embedding",
+        kernel("rotary_embedding"),
+        ("turned the other way", "fma(a, c, -(b * s))", "fma(a, c, b * s)"),
+        ("half of the pair one off", "b = part.load_from(x + half + i)", "b = part.load_from(x + half - 1 + i)"),
+        ("wrong pairs", "VecF{v[1], v[0], v[3], v[2]}", "VecF{v[2], v[3], v[0], v[1]}"),
+        ("what is not turned left out", "if (from != to) for (int64_t i = n;", "if (false) for (int64_t i = n;"),
+        ("gradient turned forward", "p.inverse ? -1 : 1", "1"),
+        ("positions ignored", "if (p.positions.data) {", "if (false) {"),
+    ),
+    *planted(
+        "silu_and_mul",
+        kernel("gated_activations"),
+        (
+            "gate and factor exchanged",
+            "gate_value<Activation>(part.load_from(x + i)) * part.load_from(x + n + i)",
+            "gate_value<Activation>(part.load_from(x + n + i)) * part.load_from(x + i)",
+        ),
+        ("gradient of the gate without the factor", "d * up * slope", "d * slope"),
+        (
+            "gradient of the factor without the gate",
+            "part.store_to(dx + n + i, d * value);",
+            "part.store_to(dx + n + i, d * up);",
+        ),
+    ),
+    *planted(
+        "silu_and_mul",
+        "csrc/cpu/activations.h",
+        ("slope of the wrong side", "x < VecF{} ? -clamped : clamped", "clamped"),
+        units=(kernel("gated_activations"),),
+    ),
+    *planted(
+        "merge_attention_states",
+        kernel("merge_attention_states"),
+        (
+            "weights exchanged",
+            "{a_larger ? larger : smaller, a_larger ? smaller : larger,",
+            "{a_larger ? smaller : larger, a_larger ? larger : smaller,",
+        ),
+        ("lse of the larger alone", "large + __builtin_log1p(ratio)", "large"),
+        ("dlse_b of the other sign", "dlse - weights.a * dot", "dlse + weights.a * dot"),
+        ("lse of the empty side", "a_empty ? p.lse_b : p.lse_a", "a_empty ? p.lse_a : p.lse_b"),
+        ("token of the wrong row", "token(row / p.heads % p.tokens)", "token(row % p.tokens)"),
+        ("gradient to the empty side", "a_empty ? C(0) : dlse;", "dlse;"),
+    ),
+]
