@@ -77,8 +77,8 @@ GK_INLINE void multiply(Vec<typename P::Compute> (&c)[Rows][Vectors], const type
     step(1, a + depth_stride, b + b_stride);
   }
   if (k < depth) step(0, a, b);
-  GK_UNROLL for (int i = 0; i < Rows; ++i)
-    GK_UNROLL for (int j = 0; j < Vectors; ++j) c[i][j] = sum[0][i][j] + sum[1][i][j];
+  GK_UNROLL for (int i = 0; i < Rows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j) c[i][j] =
+      sum[0][i][j] + sum[1][i][j];
 }
 
 // The same as a sum over pieces of kFold words: chains of 16, at the price of one addition in 32. For backward, whose
@@ -93,8 +93,8 @@ GK_INLINE void multiply_folded(Vec<typename P::Compute> (&c)[Rows][Vectors], con
     Vec<typename P::Compute> piece[Rows][Vectors];
     multiply<P>(piece, a + k * depth_stride, row_stride, depth_stride, b + k * b_stride, b_stride,
                 depth - k < kFold ? depth - k : kFold);
-    GK_UNROLL for (int i = 0; i < Rows; ++i)
-      GK_UNROLL for (int j = 0; j < Vectors; ++j) c[i][j] = c[i][j] + piece[i][j];
+    GK_UNROLL for (int i = 0; i < Rows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j) c[i][j] =
+        c[i][j] + piece[i][j];
   }
 }
 

@@ -316,22 +316,26 @@ def test_decoding_with_the_cache_is_the_whole_attention():
 
 INT = {"dtype": torch.int32}
 CACHE_ERRORS = {
-    "full": (ValueError, "cache_seqlens[1]: expected 0 <= length <= 9, ", {"cache_seqlens": torch.tensor([1, 10, 2], **INT)}),
+    "full": (ValueError, "cache_seqlens[1]: expected 0 <= length <= 9, ",
+             {"cache_seqlens": torch.tensor([1, 10, 2], **INT)}),
     "negative": (ValueError, "cache_seqlens[0]: expected 0 <= length", {"cache_seqlens": -1}),
     "no_length": (ValueError, "cache_seqlens: expected an int or a tensor where k is given", {"cache_seqlens": None}),
     "float_length": (TypeError, "cache_seqlens: expected int32, got torch.float32", {"cache_seqlens": torch.ones(3)}),
     "lengths": (ValueError, "cache_seqlens: expected shape [3], got [2]", {"cache_seqlens": torch.ones(2, **INT)}),
     "row": (IndexError, "cache_batch_idx[2]: expected 0 <= index < 3, got 3",
             {"cache_batch_idx": torch.tensor([0, 1, 3], **INT)}),
-    "rows": (ValueError, "cache_batch_idx: expected distinct caches", {"cache_batch_idx": torch.tensor([0, 1, 1], **INT)}),
+    "rows": (ValueError, "cache_batch_idx: expected distinct caches",
+             {"cache_batch_idx": torch.tensor([0, 1, 1], **INT)}),
     "leftpad": (ValueError, "cache_leftpad[1]: expected 0 <= leftpad <= 7, got 8",
                 {"cache_leftpad": torch.tensor([0, 8, 0], **INT)}),
     "only_k": (ValueError, "k: expected k and v together", {"v": None}),
     "heads": (ValueError, "v: expected shape [3, 3, 2, 16], got [3, 3, 1, 16]", {"v": torch.zeros(3, 3, 1, 16)}),
     "dtype": (TypeError, "k: expected the cache's torch.float32, got torch.bfloat16",
               {"k": torch.zeros(3, 3, 2, 16).bfloat16()}),
-    "half_a_rotation": (ValueError, "rotary_cos: expected rotary_cos, rotary_sin, k and v", {"rotary_cos": torch.ones(12, 8)}),
-    "short_table": (IndexError, "rotary_embedding: positions", {"rotary_cos": torch.ones(6, 8), "rotary_sin": torch.ones(6, 8)}),
+    "half_a_rotation": (ValueError, "rotary_cos: expected rotary_cos, rotary_sin, k and v",
+                        {"rotary_cos": torch.ones(12, 8)}),
+    "short_table": (IndexError, "rotary_embedding: positions",
+                    {"rotary_cos": torch.ones(6, 8), "rotary_sin": torch.ones(6, 8)}),
     "pages": (NotImplementedError, "block_table: expected None, got a tensor: paged caches need "
               "genai_kernels.paged_attention", {"block_table": torch.zeros(3, 1, **INT)}),
     "attention": (ValueError, "alibi_slopes", {"alibi_slopes": torch.ones(7)}),
@@ -352,7 +356,7 @@ def test_cache_error_leaves_the_caches_as_they_were(case):
 
 def test_errors():
     q, cu = torch.zeros(5, 2, 8), torch.tensor([0, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match="flash_attn_varlen_func: max_seqlen_k: expected at least .* 5, got 4"):
+    with pytest.raises(ValueError, match=r"flash_attn_varlen_func: max_seqlen_k: expected at least .* 5, got 4"):
         flash_attn.flash_attn_varlen_func(q, q, q, cu, cu, 5, 4)
     with pytest.raises(NotImplementedError, match="flash_attn_varlen_func: block_table: expected None"):
         flash_attn.flash_attn_varlen_func(q, q, q, cu, cu, 5, 5, block_table=cu)

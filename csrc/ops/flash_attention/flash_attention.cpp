@@ -195,11 +195,11 @@ void fill_unowned_rows(const FlashAttentionParams& p, Tensor& out, Tensor* lse) 
 }
 
 std::tuple<Tensor, Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           const OptionalTensor& cu_q, const OptionalTensor& cu_k,
-                                           const OptionalTensor& slopes, const OptionalTensor& bias,
-                                           const OptionalTensor& mask, const OptionalTensor& sink,
-                                           const OptionalTensor& rng_state, int64_t left, int64_t right, double scale,
-                                           double softcap, double dropout_p) {
+                                                   const OptionalTensor& cu_q, const OptionalTensor& cu_k,
+                                                   const OptionalTensor& slopes, const OptionalTensor& bias,
+                                                   const OptionalTensor& mask, const OptionalTensor& sink,
+                                                   const OptionalTensor& rng_state, int64_t left, int64_t right,
+                                                   double scale, double softcap, double dropout_p) {
   FlashAttentionParams p = checked_params(
       {q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p});
   const bool packed = p.cu_q;
@@ -251,8 +251,12 @@ Tensor bias_gradient(FlashAttentionParams& p, const Tensor& bias) {
       batches * heads * blocks, [&] { return Scratch(bytes); },
       [&](int64_t item, Scratch& scratch) {
         const int64_t b = item / (heads * blocks), h = item / blocks % heads, block = item % blocks;
-        const Range range{b, batches > 1 ? b + 1 : p.batch, h, heads > 1 ? h + 1 : p.kv_heads,
-                          block * step, std::min(rows, blocks > 1 ? (block + 1) * step : rows)};
+        const Range range{b,
+                          batches > 1 ? b + 1 : p.batch,
+                          h,
+                          heads > 1 ? h + 1 : p.kv_heads,
+                          block * step,
+                          std::min(rows, blocks > 1 ? (block + 1) * step : rows)};
         flash_attention_dbias_kernel(p, range, scratch.get());
       });
   return torch::stable::to(sums, bias.scalar_type());
@@ -261,9 +265,9 @@ Tensor bias_gradient(FlashAttentionParams& p, const Tensor& bias) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const OptionalTensor& softmax_state, const OptionalTensor& cu_q,
-    const OptionalTensor& cu_k, const OptionalTensor& slopes, const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& sink,
-    const OptionalTensor& rng_state, int64_t left, int64_t right, double scale, double softcap, double dropout_p,
-    bool bias_grad) {
+    const OptionalTensor& cu_k, const OptionalTensor& slopes, const OptionalTensor& bias, const OptionalTensor& mask,
+    const OptionalTensor& sink, const OptionalTensor& rng_state, int64_t left, int64_t right, double scale,
+    double softcap, double dropout_p, bool bias_grad) {
   FlashAttentionParams p = checked_params(
       {q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p});
   const bool packed = p.cu_q;
@@ -336,15 +340,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
 }  // namespace
 }  // namespace genai_kernels
 
-#define GK_ATTENTION_OPTIONS                                                                                   \
-  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? attn_bias, Tensor? attn_mask, "   \
-  "Tensor? sink, Tensor? rng_state, int window_left, int window_right, float softmax_scale, float softcap, "   \
+#define GK_ATTENTION_OPTIONS                                                                                 \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? attn_bias, Tensor? attn_mask, " \
+  "Tensor? sink, Tensor? rng_state, int window_left, int window_right, float softmax_scale, float softcap, " \
   "float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
-  m.def("flash_attention(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS ") -> (Tensor out, Tensor lse, Tensor softmax_state)");
-  m.def("flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? softmax_state, "
-        GK_ATTENTION_OPTIONS ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)");
+  m.def("flash_attention(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS
+        ") -> (Tensor out, Tensor lse, Tensor softmax_state)");
+  m.def(
+      "flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? "
+      "softmax_state, " GK_ATTENTION_OPTIONS
+      ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
   m.impl("flash_attention", TORCH_BOX(&genai_kernels::flash_attention));

@@ -24,35 +24,35 @@ struct ScoresView {
 };
 
 struct FlashAttentionParams {
-  Dtype dtype;                    // of q, k, v, out
+  Dtype dtype;  // of q, k, v, out
   int64_t batch, heads, kv_heads, group;
   int64_t head_dim, value_dim;
-  int64_t queries, keys;          // dense lengths; the longest where sequences are packed
-  const int32_t *cu_q, *cu_k;     // packed sequences: where each begins, or null
+  int64_t queries, keys;       // dense lengths; the longest where sequences are packed
+  const int32_t *cu_q, *cu_k;  // packed sequences: where each begins, or null
   HeadsView q, k, v, out;
-  char* lse;                      // in the compute type, index batch * lse_batch + head * lse_head + token
-  char* softmax_state;            // [lse index][2]: the row's maximum (before the scale, unless the scores are
-                                  // modified) and 1 / its sum, from which backward has P to the last bit; or null
+  char* lse;            // in the compute type, index batch * lse_batch + head * lse_head + token
+  char* softmax_state;  // [lse index][2]: the row's maximum (before the scale, unless the scores are
+                        // modified) and 1 / its sum, from which backward has P to the last bit; or null
   int64_t lse_batch, lse_head;
   double scale, softcap;
-  int64_t left, right;            // window; negative: no limit
-  const char* slopes;             // compute type, or null; index batch * slopes_batch + head
+  int64_t left, right;  // window; negative: no limit
+  const char* slopes;   // compute type, or null; index batch * slopes_batch + head
   int64_t slopes_batch;
-  ScoresView bias, mask;          // the mask is bool
-  const char* sink;               // [heads] in the compute type, or null
+  ScoresView bias, mask;  // the mask is bool
+  const char* sink;       // [heads] in the compute type, or null
   double dropout_p;
   uint64_t seed;
   uint32_t offset;
 
-  int64_t block_rows;             // rows of one forward item
+  int64_t block_rows;  // rows of one forward item
 
   // backward only
   HeadsView dout, dq, dk, dv;
-  const char* dlse;               // like lse, or null
+  const char* dlse;  // like lse, or null
   int64_t dlse_batch, dlse_head, dlse_token;
-  char* delta;                    // compute type, laid out as lse: sum(dout * out) - dlse
-  char* dsink;                    // [batch, heads] partial sums in the compute type, or null
-  ScoresView dbias;               // summed over the broadcast dimensions: float64 if there are any
+  char* delta;       // compute type, laid out as lse: sum(dout * out) - dlse
+  char* dsink;       // [batch, heads] partial sums in the compute type, or null
+  ScoresView dbias;  // summed over the broadcast dimensions: float64 if there are any
 
   int64_t query_begin(int64_t b) const { return cu_q ? cu_q[b] : 0; }
   int64_t query_count(int64_t b) const { return cu_q ? cu_q[b + 1] - cu_q[b] : queries; }

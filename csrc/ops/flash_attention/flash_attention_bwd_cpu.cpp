@@ -34,11 +34,11 @@ struct BackwardScratch {
   static constexpr int kSize = kTileQueries<C>;
   int64_t head_stride, value_stride;  // of a packed row
   TileRows<C>* rows;
-  C *k, *v, *dk, *dv;           // [kBackwardKeys][stride]
-  C *q_t, *do_t, *q, *dout;     // a tile of queries: [dim][lanes] and [lanes][stride]
-  C *s, *dp, *extra, *cap;      // [kTileKeys][lanes]
-  C *max, *inverse, *delta;     // [lanes]; P = exp(score - max) * inverse
-  C* dq;                        // [rows of the item][stride]
+  C *k, *v, *dk, *dv;        // [kBackwardKeys][stride]
+  C *q_t, *do_t, *q, *dout;  // a tile of queries: [dim][lanes] and [lanes][stride]
+  C *s, *dp, *extra, *cap;   // [kTileKeys][lanes]
+  C *max, *inverse, *delta;  // [lanes]; P = exp(score - max) * inverse
+  C* dq;                     // [rows of the item][stride]
   void* stage;
   bool q_finite, dout_finite, k_finite[kSteps];
   char* end;
@@ -94,11 +94,10 @@ template <class C, int Vectors>
                                          int64_t b_stride, int64_t depth, C* out, int64_t out_stride) {
   Vec<C> c[kTileRows][Vectors];
   multiply<Fma<C>>(c, a, row_stride, depth_stride, b, b_stride, depth);
-  GK_UNROLL for (int i = 0; i < kTileRows; ++i)
-    GK_UNROLL for (int j = 0; j < Vectors; ++j) {
-      C* to = out + i * out_stride + j * kLanesOf<C>;
-      store(to, load(to) + c[i][j]);
-    }
+  GK_UNROLL for (int i = 0; i < kTileRows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j) {
+    C* to = out + i * out_stride + j * kLanesOf<C>;
+    store(to, load(to) + c[i][j]);
+  }
 }
 
 // out[rows][stride] += A[rows][depth] B[depth][stride]; the dims lie in the lanes. skip_zeros: without multiplying by a
@@ -225,7 +224,8 @@ void load_tile(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, in
 
 // Keys [key, key + kBackwardKeys) of a head into scratch.k and scratch.v.
 template <class C, class T>
-void load_keys(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, int64_t key, BackwardScratch<C>& scratch) {
+void load_keys(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, int64_t key,
+               BackwardScratch<C>& scratch) {
   for (int64_t step = 0; step < kSteps; ++step) {
     const int64_t from = key + step * kTileKeys, count = min_of<int64_t>(kTileKeys, p.key_count(batch) - from);
     if (count <= 0) return;
@@ -240,7 +240,8 @@ void load_keys(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, in
 
 // f(step, key of the step, begin, end) for every step of the packed keys that the tile of queries sees part of.
 template <class C, class F>
-GK_INLINE void for_each_step(const FlashAttentionParams& p, int64_t batch, const TileRows<C>& rows, int64_t key, F&& f) {
+GK_INLINE void for_each_step(const FlashAttentionParams& p, int64_t batch, const TileRows<C>& rows, int64_t key,
+                             F&& f) {
   for (int64_t step = 0; step < kSteps; ++step) {
     const int64_t from = key + step * kTileKeys, count = min_of<int64_t>(kTileKeys, p.key_count(batch) - from);
     if (count <= 0) return;
@@ -309,9 +310,9 @@ void backward(const FlashAttentionParams& p, Gradients which, int64_t batch, int
   }
   if (!want_queries) return;
   for (int64_t row = row_begin; row < row_end; ++row)
-    store_gradient<C, T>(scratch.dq + (row - row_begin) * head_stride, p.head_dim, C(p.scale),
-                         token_of<T>(p.dq, batch, p.query_begin(batch) + row / p.group,
-                                     kv_head * p.group + row % p.group));
+    store_gradient<C, T>(
+        scratch.dq + (row - row_begin) * head_stride, p.head_dim, C(p.scale),
+        token_of<T>(p.dq, batch, p.query_begin(batch) + row / p.group, kv_head * p.group + row % p.group));
 }
 
 template <class C, class T, class Sum>
@@ -330,7 +331,7 @@ void bias_gradient(const FlashAttentionParams& p, const Range& range, void* memo
             differentiate_scores(p, batch, scratch, step, from, begin, end);
             for (int lane = 0; lane < rows.count; ++lane) {
               Sum* to = reinterpret_cast<Sum*>(p.dbias.data) + batch * p.dbias.batch + rows.head[lane] * p.dbias.head +
-                      rows.query[lane] * p.dbias.query;
+                        rows.query[lane] * p.dbias.query;
               for (int64_t i = begin; i < min_of(end, p.key_count(batch)); ++i)
                 to[i * p.dbias.key] += scratch.dp[(i - begin) * kSize + lane];
             }

@@ -98,16 +98,15 @@ template <class P, Exponential Kind>
     state.max[j] = most[j];
   }
   for (int64_t i = 0; i < keys; i += 4)
-    GK_UNROLL for (int j = 0; j < kTileVectors; ++j)
-      GK_UNROLL for (int half = 0; half < 4; half += 2) {
-        Vec<C> probability[2];
-        GK_UNROLL for (int h = 0; h < 2; ++h) {
-          const Vec<C> x = load(s + (i + half + h) * kSize + j * kStep);
-          probability[h] = exponential(x - offset[j]);
-          sum[half + h][j] = sum[half + h][j] + probability[h];
-        }
-        P::store_pair(s + (i + half) / P::kPerWord * kSize + j * kStep, kSize, probability);  // behind the reads
+    GK_UNROLL for (int j = 0; j < kTileVectors; ++j) GK_UNROLL for (int half = 0; half < 4; half += 2) {
+      Vec<C> probability[2];
+      GK_UNROLL for (int h = 0; h < 2; ++h) {
+        const Vec<C> x = load(s + (i + half + h) * kSize + j * kStep);
+        probability[h] = exponential(x - offset[j]);
+        sum[half + h][j] = sum[half + h][j] + probability[h];
       }
+      P::store_pair(s + (i + half) / P::kPerWord * kSize + j * kStep, kSize, probability);  // behind the reads
+    }
   for (int j = 0; j < kTileVectors; ++j)
     state.sum[j] = fma(state.sum[j], alpha[j], (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]));
 }
@@ -127,25 +126,27 @@ void drop_step(const FlashAttentionParams& p, int64_t batch, const TileRows<type
 }
 
 // o_t[kTileRows dims] = alpha o_t + V^T P^T for one panel of dims.
-template <class P>
-[[gnu::noinline]] void output_panel(const typename P::Word* v, int64_t v_stride, const typename P::Word* p_t, int64_t depth,
-                                    const Vec<typename P::Compute>* alpha, typename P::Compute* o_t) {
+template <class P, bool Folded>
+[[gnu::noinline]] void output_panel(const typename P::Word* v, int64_t v_stride, const typename P::Word* p_t,
+                                    int64_t depth, const Vec<typename P::Compute>* alpha, typename P::Compute* o_t) {
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>, kSize = kTileQueries<C>;
   Vec<C> c[kTileRows][kTileVectors];  // of this step alone: the error grows with the steps, not with the keys
-  multiply<P>(c, v, 1, v_stride, p_t, kSize, depth);
-  GK_UNROLL for (int i = 0; i < kTileRows; ++i)
-    GK_UNROLL for (int j = 0; j < kTileVectors; ++j) {
-      C* o = o_t + i * kSize + j * kStep;
-      store(o, fma(load(o), alpha[j], c[i][j]));
-    }
+  if constexpr (Folded)
+    multiply_folded<P>(c, v, 1, v_stride, p_t, kSize, depth);
+  else
+    multiply<P>(c, v, 1, v_stride, p_t, kSize, depth);
+  GK_UNROLL for (int i = 0; i < kTileRows; ++i) GK_UNROLL for (int j = 0; j < kTileVectors; ++j) {
+    C* o = o_t + i * kSize + j * kStep;
+    store(o, fma(load(o), alpha[j], c[i][j]));
+  }
 }
 
 // The same, element by element and without multiplying by a zero: for a step that holds both hidden keys and values that
 // are NaN or infinite.
 template <class P>
-void output_panel_skipping_zeros(const typename P::Word* v, int64_t v_stride, const typename P::Word* p_t, int64_t depth,
-                                 const Vec<typename P::Compute>* alpha, typename P::Compute* o_t) {
+void output_panel_skipping_zeros(const typename P::Word* v, int64_t v_stride, const typename P::Word* p_t,
+                                 int64_t depth, const Vec<typename P::Compute>* alpha, typename P::Compute* o_t) {
   using C = typename P::Compute;
   constexpr int kSize = kTileQueries<C>;
   const auto part = [](typename P::Word word, int h) -> C {
@@ -180,7 +181,7 @@ void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t k
   Vec<C> tile_max[kTileVectors], alpha[kTileVectors];
   for (Vec<C>& m : tile_max) m = broadcast(-kInfinity<C>);
 
-  const auto score = modified  ? score_panel<P, false, false>
+  const auto score = modified ? score_panel<P, false, false>
                      : masked ? score_panel<P, true, true>
                               : score_panel<P, false, true>;
   for (int64_t i = begin; i < end; i += kTileRows)
@@ -198,7 +199,9 @@ void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t k
   }
   const bool skip_zeros = !values_finite && (masked || p.mask.data || p.bias.data);
   const auto* v = scratch.v + (begin - key) / P::kPerWord * scratch.v_stride;
-  const auto output = skip_zeros ? output_panel_skipping_zeros<P> : output_panel<P>;
+  const auto output = skip_zeros ? output_panel_skipping_zeros<P>
+                      : modified ? output_panel<P, true>
+                                 : output_panel<P, false>;
   const auto* p_t = reinterpret_cast<const typename P::Word*>(scratch.s);
   for (int64_t d = 0; d < scratch.value_rows; d += kTileRows)
     output(v + d, scratch.v_stride, p_t, (end - begin) / P::kPerWord, alpha, state.o_t + d * kTileQueries<C>);
@@ -289,7 +292,8 @@ void forward_block(const FlashAttentionParams& p, int64_t batch, int64_t kv_head
         pack_values<P, T>(p.v, batch, begin + key, keys, kv_head, p.value_dim, scratch.v, scratch.v_stride, stage);
     for (int64_t t = 0; t < tiles; ++t) {
       // The next step's keys come into L2 while this one's are multiplied, a share with each tile.
-      const int64_t next = key + kTileKeys, from = next + kTileKeys * t / tiles, to = next + kTileKeys * (t + 1) / tiles;
+      const int64_t next = key + kTileKeys, from = next + kTileKeys * t / tiles,
+                    to = next + kTileKeys * (t + 1) / tiles;
       for (int64_t ahead = from; ahead < min_of(to, last_key + 1); ++ahead) {
         prefetch_row<T>(p.k, batch, begin + ahead, kv_head, p.head_dim);
         prefetch_row<T>(p.v, batch, begin + ahead, kv_head, p.value_dim);

@@ -166,8 +166,7 @@ void pack_queries(const FlashAttentionParams& p, const HeadsView& view, int64_t 
       for (int l = 0; l < kStep; ++l) x[l] = lanes[l] ? load_row_words<P>(lanes[l], w, dim) : Vec<C>{};
       transpose(x);
       const int64_t left = min_of<int64_t>(kStep, words - w);
-      for (int64_t i = 0; i < left; ++i)
-        __builtin_memcpy(out + (w + i) * kSize + j * kStep, &x[i], sizeof x[i]);
+      for (int64_t i = 0; i < left; ++i) __builtin_memcpy(out + (w + i) * kSize + j * kStep, &x[i], sizeof x[i]);
     }
   }
 }
@@ -203,9 +202,9 @@ bool pack_values(const HeadsView& view, int64_t batch, int64_t begin, int64_t co
     for (int64_t key = 0; key < round_up(count, kKeyGroup); key += 2, out += stride) {
       const T* row[2];
       for (int h = 0; h < 2; ++h)
-        row[h] = key + h < count ? contiguous(token_of<T>(view, batch, begin + key + h, head), view.dim, dim,
-                                              stage + h * dim)
-                                 : nullptr;
+        row[h] = key + h < count
+                     ? contiguous(token_of<T>(view, batch, begin + key + h, head), view.dim, dim, stage + h * dim)
+                     : nullptr;
       for (int64_t d = 0; d < dim; d += kLanes) {
         const VecF x = row[0] ? load_at(row[0], d, dim) : VecF{}, y = row[1] ? load_at(row[1], d, dim) : VecF{};
         finite.see(x);
@@ -263,8 +262,8 @@ template <class C>
     switch_dtype(p.bias.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       for (int lane = 0; lane < kSize; ++lane) {
-        const T* from = reinterpret_cast<const T*>(p.bias.data) + batch * p.bias.batch +
-                        rows.head[lane] * p.bias.head + rows.query[lane] * p.bias.query + key * p.bias.key;
+        const T* from = reinterpret_cast<const T*>(p.bias.data) + batch * p.bias.batch + rows.head[lane] * p.bias.head +
+                        rows.query[lane] * p.bias.query + key * p.bias.key;
         for (int64_t i = 0; i < present; ++i) tile[i * kSize + lane] = C(to_compute(from[i * p.bias.key]));
       }
     });

@@ -66,9 +66,9 @@ def flash_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention with softmax over the visible keys, in memory linear in the number of tokens, forward and backward.
 
-    The score of query i and key j is `s = softmax_scale * q_i . k_j`, then `softcap * tanh(s / softcap)` if a softcap is
-    given, then `- slope * |i + keys - queries - j|`, then `+ attn_bias`. A row that sees no key gives 0, with lse -inf
-    and zero gradients. The same bits whatever the batch, the padding, the chunking of the queries and the threads.
+    The score of query i and key j is `s = softmax_scale * q_i . k_j`, then `softcap * tanh(s / softcap)` if a softcap
+    is given, then `- slope * |i + keys - queries - j|`, then `+ attn_bias`. A row that sees no key gives 0, with lse
+    -inf and zero gradients. The same bits whatever the batch, the padding, the chunking of the queries and the threads.
 
     Args:
         q: `[batch, queries, heads, head_dim]`, float32, bfloat16, float16 or float64, any strides.

@@ -123,13 +123,14 @@ def _score_size(q, k, softmax_scale=None, softcap=0.0, attn_bias=None, alibi_slo
 def _magnitude(q, k, v, **options):
     """out: sum_j p_j |v_j|, for scores up to 8 (what c = 8 allows for), in proportion for larger ones; lse: |score|."""
     size = _score_size(q, k, **options)
-    out, lse = flash_attention_reference(q, k, v.abs(), **{**options, "return_lse": True})
+    out, lse = flash_attention_reference(q, k, v.abs(), **{**options, "return_lse": True})  # type: ignore[misc]
     out = out * max(1.0, size / 8)
     return (out, lse.abs().clamp_max(1e30) + size) if options.get("return_lse") else (out,)
 
 
 def _magnitude_varlen(q, k, v, cu_q, cu_k, **options):
     out = flash_attention_varlen_reference(q, k, v.abs(), cu_q, cu_k, **{**options, "return_lse": False})
+    assert isinstance(out, torch.Tensor)
     return (out * max(1.0, _score_size(q, k, **options) / 8),)
 
 

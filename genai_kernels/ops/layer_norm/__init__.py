@@ -38,7 +38,7 @@ def layer_norm_reference(
 
 def _magnitude(x, weight=None, bias=None, eps=1e-5, residual=None):
     s = x if residual is None else x + residual
-    y = layer_norm_reference(s, weight, None, eps).abs()
+    y = layer_norm_reference(s, weight, None, eps).abs()  # type: ignore[union-attr]
     if residual is not None:  # the rounding of the sum, magnified where the mean cancels it
         y = y + s.abs() * torch.rsqrt(s.var(-1, keepdim=True, correction=0) + eps) * (
             1 if weight is None else weight.abs()

@@ -15,7 +15,10 @@ _rotary_embedding = _ops.rotary_embedding.default  # without the search for an o
 def _split(x: torch.Tensor, rotary_dim: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The two members of every pair, [..., rotary_dim / 2] each."""
     rotated = x[..., :rotary_dim]
-    return (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.tensor_split(2, dim=-1)
+    if interleaved:
+        return rotated[..., 0::2], rotated[..., 1::2]
+    first, second = rotated.tensor_split(2, dim=-1)
+    return first, second
 
 
 def _join(a: torch.Tensor, b: torch.Tensor, rest: torch.Tensor, interleaved: bool) -> torch.Tensor:
