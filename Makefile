@@ -26,7 +26,10 @@ dev: library-dev  ## an environment to work in
 	@echo "ready: source .venv/bin/activate"
 
 test: library-dev  ## the test suite
-	$(PY) -m pytest --ignore=tests/packaging $(if $(OP),--op=$(OP)) $(ARGS)
+	$(PY) -m pytest --ignore=tests/packaging -m "not slow" $(if $(OP),--op=$(OP)) $(ARGS)
+
+exhaustive: library-dev  ## every non-positive float through exp, on every instruction set: the better part of an hour
+	$(PY) -m pytest -m slow tests/ops $(ARGS)
 
 packaging: venv-dev  ## the wheel, the sdist and the editable install, built and tried in environments of their own
 	$(PY) -m pytest --durations=5 tests/packaging $(ARGS)
@@ -56,4 +59,4 @@ clean:  ## everything that was made here
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv-run venv-dev library-run library-dev demo dev test packaging bench check format fuzz mutants clean
+.PHONY: help venv-run venv-dev library-run library-dev demo dev test exhaustive packaging bench check format fuzz mutants clean
