@@ -127,6 +127,21 @@ def _translated(error: RuntimeError) -> Exception:
     return error
 
 
+def _into_out(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call with `out=`: refused where it would drop gradients, and seen by autograd as a change of `out`."""
+    out = kwargs["out"] if isinstance(kwargs["out"], (tuple, list)) else (kwargs["out"],)
+    given = (*args, *kwargs.values(), *out)
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in given):
+        raise RuntimeError(
+            f"genai_kernels.{name}: out: expected no tensor that requires a gradient beside it, got one; "
+            "leave out= away, or call it under torch.no_grad()"
+        )
+    result = function(*args, **kwargs)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in out if not t.is_inference()])
+    return result
+
+
 def op(
     *,
     reference: Callable[..., Any],
@@ -142,6 +157,8 @@ def op(
             if backends.forced == "reference":
                 return reference(*args, **kwargs)
             try:
+                if kwargs.get("out") is not None:
+                    return _into_out(name, function, args, kwargs)
                 return function(*args, **kwargs)
             except RuntimeError as error:
                 raise _translated(error) from None

@@ -271,6 +271,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
   FlashAttentionParams p = checked_params(
       {q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p});
   const bool packed = p.cu_q;
+  check_same_dtype(kOp, "out", out, "q", q);
+  const bool out_fits = out.dim() == q.dim() &&
+                        out.numel() == (packed ? q.size(0) : p.batch * p.queries) * p.heads * p.value_dim &&
+                        out.size(out.dim() - 1) == p.value_dim;
+  GK_CHECK_VALUE(out_fits, kOp, "out: expected what forward returned, got shape ", shape_of(out));
+  GK_CHECK_TYPE(lse.scalar_type() == compute_type(p.dtype), kOp, "lse: expected ", dtype_name(compute_type(p.dtype)),
+                ", got ", dtype_name(lse.scalar_type()));
+  GK_CHECK_VALUE(lse.numel() == (packed ? q.size(0) : p.batch * p.queries) * p.heads && lse.is_contiguous(), kOp,
+                 "lse: expected what forward returned, contiguous, got shape ", shape_of(lse));
   check_same_dtype(kOp, "dout", dout, "q", q);
   check_same_shape(kOp, "dout", dout, "out", out);
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);

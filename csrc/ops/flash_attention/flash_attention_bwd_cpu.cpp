@@ -148,7 +148,7 @@ template <class C, bool Dropout>
         gradient = gradient * by;
       }
       gradient = probability * (gradient - load(scratch.delta + j * kStep));
-      store(s, kept);
+      store(s, score == hidden ? Vec<C>{} : kept);       // a row whose maximum is infinite would give NaN
       store(dp, score == hidden ? Vec<C>{} : gradient);  // a hidden key's dP may be NaN
     }
   }

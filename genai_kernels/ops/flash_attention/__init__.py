@@ -17,8 +17,9 @@ def _attend(
     q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, softmax_scale, softcap, alibi_slopes, attn_bias,
     attn_mask, sink, dropout_p, seed, offset, return_lse,
 ):  # fmt: skip
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if device != "meta" and q.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
