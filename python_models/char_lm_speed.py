@@ -67,6 +67,15 @@ def _speed(seconds: dict[str, list[float]], tokens: int, failed: dict[str, str])
     )  # fmt: skip
 
 
+@torch.no_grad()
+def _stirred(model: CharLM) -> CharLM:
+    """The model with noise on all weights: as it begins, attention adds nothing, and a wrong one would not be seen."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
 def _check_logits(models: dict[str, tuple[CharLM, str]], exact: CharLM, characters: torch.Tensor) -> None:
     """The RMS error of each one's logits against float64 may be K times eager's: they are many, so K is generous."""
     errors = {}
@@ -91,17 +100,21 @@ def training_speed(
     Raises:
         ArithmeticError: a contestant computes something else.
     """
+
+    def model() -> CharLM:
+        return _stirred(new_model(config, recipe.seed))
+
     runs = {
-        OURS: Run(new_model(config, recipe.seed), recipe, text),
-        EAGER: Run(new_model(config, recipe.seed), recipe, text, backend="reference"),
-        SDPA: Run(with_sdpa(new_model(config, recipe.seed)), recipe, text, backend="reference"),
+        OURS: Run(model(), recipe, text),
+        EAGER: Run(model(), recipe, text, backend="reference"),
+        SDPA: Run(with_sdpa(model()), recipe, text, backend="reference"),
     }
     if compiled:
-        runs[COMPILED] = Run(new_model(config, recipe.seed), recipe, text, backend="reference")
+        runs[COMPILED] = Run(model(), recipe, text, backend="reference")
         runs[COMPILED].model.compile(dynamic=False)
     characters = next(batches(text, 1, config.context, recipe.seed))[0]
     models = {name: (run.model, run.backend) for name, run in runs.items() if name != COMPILED}
-    _check_logits(models, new_model(config, recipe.seed).double(), characters)
+    _check_logits(models, model().double(), characters)
     failed: dict[str, str] = {}
     for name, run in runs.items():  # warms up and compiles
         try:
@@ -174,13 +187,13 @@ def seconds_by_length(
         lengths: the N of each of "ours, window", "ours, full", "eager, window", "eager, full", "SDPA, window",
             "SDPA, full".
         step: called with the name of each measurement as it begins.
-        end: of time.perf_counter(): nothing is begun after it.
+        end: of time.perf_counter(): after it nothing is begun but the shortest text of each.
     """
     found: dict[str, dict[int, float]] = {name: {} for name in lengths}
     for length in sorted({n for some in lengths.values() for n in some}):
         characters = torch.randint(config.vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0))
         for name, wanted in lengths.items():
-            if length not in wanted or time.perf_counter() > end:
+            if length not in wanted or (found[name] and time.perf_counter() > end):
                 continue
             step(f"{name}, {length} characters")
             backend, _, span = name.partition(", ")

@@ -25,8 +25,8 @@ class Recipe:
     """How a model is trained."""
 
     steps: int
-    batch: int = 4
-    peak_rate: float = 4e-3
+    batch: int = 2
+    peak_rate: float = 2e-3
     warmup: int = 20
     seed: int = 0
 
@@ -53,7 +53,7 @@ class Run:
         decayed = [w for w in self.model.parameters() if w.dim() >= 2]
         others = [w for w in self.model.parameters() if w.dim() < 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
         self.batches = char_data.batches(self.text, self.recipe.batch, self.model.config.context, self.recipe.seed)
 
     def step(self) -> float:
@@ -106,15 +106,15 @@ class Agreement:
 
     It is the rule that every op is held against, with another K. A rounding error grows from step to step, in eager
     just as in ours, so a whole curve is one draw from a distribution of errors. K is the least with which eager runs
-    that differ only in the order of the rows of each batch agree with each other, rounded up: `calibrate` found 4.64 in
-    168 pairs of curves (120 steps of a small model, 3 seeds).
+    that differ only in the order of the rows of each batch agree with each other, rounded up: `python -m
+    python_models.char_lm calibrate --seeds 8` found 6.21 in 448 pairs of curves (120 steps of a small model).
     """
 
     error: list[float]  # |ours - exact|, nats
     eager_error: list[float]  # |eager - exact|
     limit: list[float]
 
-    K = 5.0
+    K = 7.0
 
     @property
     def ok(self) -> bool:

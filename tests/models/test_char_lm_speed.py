@@ -50,4 +50,4 @@ def test_seconds_by_length():
     found = char_lm_speed.seconds_by_length(TINY, wanted, rounds=1, step=steps.append)
     assert {name: list(times) for name, times in found.items()} == wanted
     assert steps == ["ours, window, 16 characters", "SDPA, full, 16 characters", "ours, window, 32 characters"]
-    assert char_lm_speed.seconds_by_length(TINY, wanted, end=0.0) == {"ours, window": {}, "SDPA, full": {}}
+    assert char_lm_speed.seconds_by_length(TINY, wanted, end=0.0)["ours, window"].keys() == {16}
