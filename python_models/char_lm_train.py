@@ -104,10 +104,11 @@ class Agreement:
 
         `|ours - exact|(t) <= K max_{s <= t} |eager - exact|(s) + u exact(t)`, u = 2^-24.
 
-    It is the rule that every op is held against, with another K. A rounding error grows from step to step, in eager
-    just as in ours, so a whole curve is one draw from a distribution of errors. K is the least with which eager runs
-    that differ only in the order of the rows of each batch agree with each other, rounded up: `python -m
-    python_models.char_lm calibrate --seeds 8` found 6.21 in 448 pairs of curves (120 steps of a small model).
+    It is the rule that every op is held against, with another K, over ten steps at least: one error may be 0 by chance.
+    A rounding error grows from step to step, in eager just as in ours, so a whole curve is one draw from a distribution
+    of errors. K is the least with which eager runs that differ only in the order of the rows of each batch agree with
+    each other, rounded up: `python -m python_models.char_lm calibrate --seeds 8` found 6.21 in 448 pairs of curves (120
+    steps of a small model).
     """
 
     error: list[float]  # |ours - exact|, nats
