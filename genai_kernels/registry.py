@@ -172,6 +172,38 @@ def op(
     return decorate
 
 
+def fake(name: str) -> Callable[[F], F]:
+    """Registers the shape function of a torch op, which meta tensors and `torch.compile` call instead of a kernel.
+
+    It also answers where any tensor of a call is a meta tensor, so it refuses a mix of devices: the others would get
+    memory that nothing was written to.
+    """
+    overload = getattr(torch.ops.genai_kernels, name).default
+    names = [argument.name for argument in overload._schema.arguments]
+    public = name.removesuffix("_out").removesuffix("_bwd")
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*args: Any) -> Any:
+            first = None
+            for argument, value in zip(names, args, strict=False):
+                if not isinstance(value, torch.Tensor) or argument == "rng_state":  # which lies on the CPU always
+                    continue
+                if first is None:
+                    first = argument, value.device
+                elif value.device != first[1]:
+                    raise ValueError(
+                        f"genai_kernels.{public}: {argument}: expected device {first[1]} as {first[0]}, "
+                        f"got {value.device}"
+                    )
+            return function(*args)
+
+        torch.library.register_fake(f"genai_kernels::{name}")(checked)
+        return function
+
+    return decorate
+
+
 def raise_double_backward(name: str) -> Callable[..., Any]:
     """The backward of a backward op: a sentence instead of silently wrong or missing gradients."""
 

@@ -398,6 +398,15 @@ BACKWARD = {
         ),
         V,
     ),
+    "out of other tokens than q": (lambda: backward_of_attention(out=r(1, 4, 2, 6), dout=r(1, 4, 2, 6)), V),
+    "out of another value dim": (lambda: backward_of_attention(out=r(1, 5, 2, 3), dout=r(1, 5, 2, 3)), V),
+    "out of another dtype": (lambda: backward_of_attention(out=r(1, 5, 2, 6, dtype=BF16)), RuntimeError),
+    "lse of fewer tokens": (lambda: backward_of_attention(lse=r(1, 2, 4), softmax_state=r(1, 2, 4, 2)), V),
+    "lse of bfloat16": (
+        lambda: backward_of_attention(lse=r(1, 2, 5, dtype=BF16), softmax_state=r(1, 2, 5, 2, dtype=BF16)),
+        RuntimeError,
+    ),
+    "lse not contiguous": (lambda: backward_of_attention(lse=r(1, 2, 10)[..., ::2]), V),
 }
 
 
@@ -406,3 +415,56 @@ def test_backward_ops_refuse(call, error):
     """The ops behind autograd, called by hand: they must not trust that forward was theirs."""
     with pytest.raises(error, match=r"genai_kernels\.\w+: \w+: expected"):
         call()
+
+
+MIXED = {
+    "k": lambda: dense(k=r(2, 7, 2, 8).to("meta")),
+    "attn_mask": lambda: dense(attn_mask=torch.ones(5, 7, dtype=torch.bool, device="meta")),
+    "residual": lambda: rows(gk.fused_add_rms_norm, residual=r(6, 8).to("meta")),
+    "weight": lambda: rows(gk.rms_norm, weight=r(8).to("meta")),
+    "out": lambda: rows(gk.rms_norm, out=r(6, 8).to("meta")),
+    "cos": lambda: rotary(cos=r(9, 4).to("meta"), sin=r(9, 4).to("meta")),
+    "positions": lambda: rotary(positions=torch.arange(5, device="meta")),
+    "lse_b": lambda: merge(lse_b=r(2, 3, 5).to("meta")),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_mix_of_devices_is_refused(name):
+    function, given = MIXED[name]()
+    with pytest.raises(ValueError, match=f"{name}: expected device cpu"):
+        function(**given)
+
+
+def test_meta_tensors_touch_no_data():
+    q, k, v = r(2, 5, 4, 8).to("meta"), r(2, 7, 2, 8).to("meta"), r(2, 7, 2, 6).to("meta")
+    out, lse = gk.flash_attention(q, k, v, return_lse=True)
+    assert (out.device.type, out.shape, lse.shape) == ("meta", (2, 5, 4, 6), (2, 4, 5))
+
+
+WRITING = {
+    "rms_norm": lambda x, out: gk.rms_norm(x, out=out),
+    "layer_norm": lambda x, out: gk.layer_norm(x, out=out),
+    "fused_add_rms_norm": lambda x, out: gk.fused_add_rms_norm(x, x, out=(out, torch.empty_like(out))),
+    "silu_and_mul": lambda x, out: gk.silu_and_mul(torch.cat([x, x], -1), out=out),
+    "rotary_embedding": lambda x, out: gk.rotary_embedding(x[:, None], r(6, 4), r(6, 4), out=out[:, None]),
+}
+
+
+@pytest.mark.parametrize("call", WRITING.values(), ids=WRITING)
+def test_writing_in_place_is_seen_by_autograd(call):
+    """What backward saved and a kernel then wrote over is an error, as it is with torch's own ops."""
+    out = r(6, 8).requires_grad_() * 1.0
+    squares = (out * out).sum()
+    with torch.no_grad():
+        call(r(6, 8), out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+@pytest.mark.parametrize("call", WRITING.values(), ids=WRITING)
+def test_a_gradient_of_what_is_written_in_place_is_refused(call):
+    with pytest.raises(RuntimeError, match=r"gradient|differentiation|requires_grad"):
+        call(r(6, 8), r(6, 8).requires_grad_())
+    with pytest.raises(RuntimeError, match=r"gradient|differentiation|requires_grad"):
+        call(r(6, 8).requires_grad_(), r(6, 8))

@@ -1,4 +1,4 @@
-"""What no query sees changes no bit, and a NaN stays in its row."""
+"""NaN and infinity: where no query sees them they change no bit; where one does they reach its row and no other."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def hidden_case(name, kind):
 
 
 @each_dtype
-@pytest.mark.parametrize("fill", [3e4, -3e4])
+@pytest.mark.parametrize("fill", [NAN, INF, 3e4], ids=["nan", "inf", "large"])
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("window", "window"), ("padding", "mask"), ("padding", "bias"), ("holes", "mask"), ("holes", "bias")],
@@ -60,19 +60,18 @@ def test_keys_that_no_query_sees_change_no_bit(name, kind, fill, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("fill", [NAN, INF], ids=["nan", "inf"])
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("window", "window"), ("padding", "mask"), ("padding", "bias"), ("holes", "mask"), ("holes", "bias")],
-)
-def test_keys_that_no_query_sees_bring_no_nan(name, kind, fill, dtype):
-    queries, keys, where, options = hidden_case(name, kind)
-    q, k, v, dout, dlse = case(dtype, queries, keys)
-    k[:, where], v[:, where] = fill, fill
-    found = attend(q, k, v, dout, dlse, **options)
-    assert all(t.isfinite().all() for t in found)
-    assert not found[3][:, where].any()
-    assert not found[4][:, where].any()
+def test_queries_without_keys_change_no_bit(dtype):
+    """NaN in q, dout and dlse of rows that see nothing: zeros out, zero gradients, the others' bits unchanged."""
+    q, k, v, dout, dlse = case(dtype, 50, 20)
+    empty = slice(0, 30)
+    q[:, empty], dout[:, empty], dlse[:, :, empty] = 0, 0, 0
+    expected = attend(q, k, v, dout, dlse, causal=True)
+    q[:, empty], dout[:, empty], dlse[:, :, empty] = NAN, NAN, NAN
+    found = attend(q, k, v, dout, dlse, causal=True)
+    assert same_bits(found, expected)
+    assert not found[0][:, empty].any()
+    assert (found[1][:, :, empty] == -INF).all()
+    assert not found[2][:, empty].any()
 
 
 @each_dtype
@@ -92,6 +91,54 @@ def test_tokens_that_no_sequence_owns_change_no_bit(dtype):
     out, lse, dq, dk, dv = results[1]
     assert not any(t.any() for t in (out[40:], dq[40:], dk[77:], dv[77:]))
     assert (lse[:, 40:] == -INF).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
+def test_a_query_that_is_nan_stays_in_its_row(value, dtype):
+    q, k, v, dout, dlse = case(dtype, 100, 100)
+    expected = attend(q, k, v, dout, dlse, causal=True)
+    q[0, 41, 2, 5] = value
+    found = attend(q, k, v, dout, dlse, causal=True)
+    others = torch.ones(1, 100, 4, dtype=torch.bool)
+    others[0, 41, 2] = False
+    assert found[0][0, 41, 2].isnan().all()
+    assert found[2][0, 41, 2].isnan().any()
+    for i in (0, 2):  # out, dq
+        assert same_bits(found[i][others], expected[i][others])
+    assert same_bits(found[1].mT[others], expected[1].mT[others])
+    for i in (3, 4):  # dk, dv: row 41 sees keys up to 41, of key head 1
+        assert same_bits(found[i][:, 42:], expected[i][:, 42:])
+        assert same_bits(found[i][:, :, 0], expected[i][:, :, 0])
+
+
+@each_dtype
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_a_key_or_value_that_is_nan_reaches_only_the_queries_that_see_it(which, dtype):
+    q, k, v, dout, dlse = case(dtype, 100, 100)
+    expected = attend(q, k, v, dout, dlse, causal=True)
+    {"k": k, "v": v}[which][0, 70, 1, 3] = NAN
+    found = attend(q, k, v, dout, dlse, causal=True)
+    out = found[0]
+    if which == "v":  # only element 3 of the heads 2 and 3
+        assert out[0, 70:, 2:, 3].isnan().all()
+        assert not out[..., 4:].isnan().any()
+    else:
+        assert out[0, 70:, 2:].isnan().all()
+    assert same_bits(out[:, :70], expected[0][:, :70])
+    assert same_bits(out[:, :, :2], expected[0][:, :, :2])
+    assert same_bits(found[2][:, :70], expected[2][:, :70])  # dq
+    for i in (3, 4):  # dk, dv of the other key head
+        assert same_bits(found[i][:, :, 0], expected[i][:, :, 0])
+
+
+@each_dtype
+def test_a_seen_nan_counts_however_small_its_probability(dtype):
+    q, k, v = torch.full((1, 40, 1, 8), 1.0), torch.zeros(1, 40, 1, 8), torch.randn(1, 40, 1, 8)
+    k[0, 0], v[0, 1] = 100, NAN
+    out = gk.flash_attention(*(t.to(dtype) for t in (q, k, v)), causal=True)
+    assert out[0, 1:].isnan().all()
+    assert not out[0, 0].isnan().any()
 
 
 @each_dtype

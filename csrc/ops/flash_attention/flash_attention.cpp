@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "host/alloc.h"
 #include "host/check.h"
@@ -18,8 +19,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr const char* kOp = "flash_attention";
-
 ScalarType compute_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
 
 // The tensors and numbers of a call, as the schema orders them.
@@ -28,6 +27,9 @@ struct Arguments {
   const OptionalTensor &cu_q, &cu_k, &slopes, &bias, &mask, &sink, &rng_state;
   int64_t left, right;
   double scale, softcap, dropout_p;
+
+  bool packed() const { return cu_q.has_value(); }
+  const char* op() const { return packed() ? "flash_attention_varlen" : "flash_attention"; }
 };
 
 HeadsView heads_view(const Tensor& t, Dtype dtype, bool packed) {
@@ -42,20 +44,20 @@ HeadsView heads_view(const Tensor& t, Dtype dtype, bool packed) {
   return view;
 }
 
-void check_shape(const Tensor& t, const char* name, bool packed) {
-  GK_CHECK_VALUE(t.dim() == (packed ? 3 : 4), kOp, name, ": expected ",
+void check_dims(const char* op, const Tensor& t, const char* name, bool packed) {
+  GK_CHECK_VALUE(t.dim() == (packed ? 3 : 4), op, name, ": expected ",
                  packed ? "[tokens, heads, dim]" : "[batch, tokens, heads, dim]", ", got shape ", shape_of(t));
 }
 
-const int32_t* check_cumulative(const Tensor& cu, const char* name, int64_t tokens) {
-  GK_CHECK_TYPE(cu.scalar_type() == ScalarType::Int, kOp, name, ": expected int32, got ", dtype_name(cu.scalar_type()));
-  GK_CHECK_VALUE(cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous(), kOp, name,
+const int32_t* check_cumulative(const char* op, const Tensor& cu, const char* name, int64_t tokens) {
+  GK_CHECK_TYPE(cu.scalar_type() == ScalarType::Int, op, name, ": expected int32, got ", dtype_name(cu.scalar_type()));
+  GK_CHECK_VALUE(cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous(), op, name,
                  ": expected a contiguous [batch + 1], got shape ", shape_of(cu));
   const int32_t* at = cu.const_data_ptr<int32_t>();
-  GK_CHECK_VALUE(at[0] == 0, kOp, name, "[0]: expected 0, got ", at[0]);
+  GK_CHECK_VALUE(at[0] == 0, op, name, "[0]: expected 0, got ", at[0]);
   for (int64_t i = 1; i < cu.size(0); ++i)
-    GK_CHECK_VALUE(at[i] >= at[i - 1], kOp, name, "[", i, "]: expected at least ", at[i - 1], ", got ", at[i]);
-  GK_CHECK_VALUE(at[cu.size(0) - 1] <= tokens, kOp, name, "[", cu.size(0) - 1, "]: expected at most ", tokens,
+    GK_CHECK_VALUE(at[i] >= at[i - 1], op, name, "[", i, "]: expected at least ", at[i - 1], ", got ", at[i]);
+  GK_CHECK_VALUE(at[cu.size(0) - 1] <= tokens, op, name, "[", cu.size(0) - 1, "]: expected at most ", tokens,
                  ", the number of tokens, got ", at[cu.size(0) - 1]);
   return at;
 }
@@ -67,7 +69,7 @@ int64_t longest(const int32_t* cu, int64_t batch) {
 }
 
 // Strides of a tensor that broadcasts to [batch, heads, queries, keys].
-ScoresView scores_view(const Tensor& t, const char* name, const FlashAttentionParams& p) {
+ScoresView scores_view(const char* op, const Tensor& t, const char* name, const FlashAttentionParams& p) {
   const int64_t sizes[4] = {p.batch, p.heads, p.queries, p.keys};
   int64_t strides[4] = {0, 0, 0, 0};
   const int64_t dim = t.dim();
@@ -77,7 +79,7 @@ ScoresView scores_view(const Tensor& t, const char* name, const FlashAttentionPa
     fits = t.size(i) == 1 || t.size(i) == sizes[target];
     if (t.size(i) > 1) strides[target] = t.stride(i);
   }
-  GK_CHECK_VALUE(fits, kOp, name, ": expected a shape that broadcasts to [", sizes[0], ", ", sizes[1], ", ", sizes[2],
+  GK_CHECK_VALUE(fits, op, name, ": expected a shape that broadcasts to [", sizes[0], ", ", sizes[1], ", ", sizes[2],
                  ", ", sizes[3], "], got ", shape_of(t));
   ScoresView view;
   view.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
@@ -90,32 +92,33 @@ ScoresView scores_view(const Tensor& t, const char* name, const FlashAttentionPa
 
 FlashAttentionParams checked_params(const Arguments& a) {
   FlashAttentionParams p{};
-  const bool packed = a.cu_q.has_value();
-  GK_CHECK_VALUE(packed == a.cu_k.has_value(), kOp, "cu_seqlens_k: expected it together with cu_seqlens_q");
-  check_shape(a.q, "q", packed);
-  check_shape(a.k, "k", packed);
-  check_shape(a.v, "v", packed);
-  p.dtype = float_dtype(kOp, "q", a.q);
-  check_same_dtype(kOp, "k", a.k, "q", a.q);
-  check_same_dtype(kOp, "v", a.v, "q", a.q);
+  const bool packed = a.packed();
+  const char* op = a.op();
+  GK_CHECK_VALUE(packed == a.cu_k.has_value(), op, "cu_seqlens_k: expected it together with cu_seqlens_q");
+  check_dims(op, a.q, "q", packed);
+  check_dims(op, a.k, "k", packed);
+  check_dims(op, a.v, "v", packed);
+  p.dtype = float_dtype(op, "q", a.q);
+  check_same_dtype(op, "k", a.k, "q", a.q);
+  check_same_dtype(op, "v", a.v, "q", a.q);
   const int token = packed ? 0 : 1, head = token + 1, dim = token + 2;
   p.heads = a.q.size(head);
   p.kv_heads = a.k.size(head);
   p.head_dim = a.q.size(dim);
   p.value_dim = a.v.size(dim);
-  GK_CHECK_VALUE(a.k.size(dim) == p.head_dim, kOp, "k: expected head_dim ", p.head_dim, " as q, got ", a.k.size(dim));
-  GK_CHECK_VALUE(a.v.size(token) == a.k.size(token), kOp, "v: expected ", a.k.size(token),
+  GK_CHECK_VALUE(a.k.size(dim) == p.head_dim, op, "k: expected head_dim ", p.head_dim, " as q, got ", a.k.size(dim));
+  GK_CHECK_VALUE(a.v.size(token) == a.k.size(token), op, "v: expected ", a.k.size(token),
                  " tokens, the same sequence length as k, got ", a.v.size(token));
-  GK_CHECK_VALUE(a.v.size(head) == p.kv_heads, kOp, "v: expected ", p.kv_heads, " heads as k, got ", a.v.size(head));
-  GK_CHECK_VALUE(p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0, kOp,
+  GK_CHECK_VALUE(a.v.size(head) == p.kv_heads, op, "v: expected ", p.kv_heads, " heads as k, got ", a.v.size(head));
+  GK_CHECK_VALUE(p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0, op,
                  "k: expected a number of heads that divides ", p.heads, ", the heads of q, got ", p.kv_heads);
-  GK_CHECK_VALUE(p.head_dim > 0, kOp, "q: expected head_dim >= 1, got 0");
+  GK_CHECK_VALUE(p.head_dim > 0, op, "q: expected head_dim >= 1, got 0");
   p.group = p.kv_heads ? p.heads / p.kv_heads : 1;
   if (packed) {
-    p.cu_q = check_cumulative(*a.cu_q, "cu_seqlens_q", a.q.size(0));
-    p.cu_k = check_cumulative(*a.cu_k, "cu_seqlens_k", a.k.size(0));
+    p.cu_q = check_cumulative(op, *a.cu_q, "cu_seqlens_q", a.q.size(0));
+    p.cu_k = check_cumulative(op, *a.cu_k, "cu_seqlens_k", a.k.size(0));
     p.batch = a.cu_q->size(0) - 1;
-    GK_CHECK_VALUE(a.cu_k->size(0) - 1 == p.batch, kOp, "cu_seqlens_k: expected ", p.batch + 1,
+    GK_CHECK_VALUE(a.cu_k->size(0) - 1 == p.batch, op, "cu_seqlens_k: expected ", p.batch + 1,
                    " elements as cu_seqlens_q, got ", a.cu_k->size(0));
     p.queries = longest(p.cu_q, p.batch);
     p.keys = longest(p.cu_k, p.batch);
@@ -123,8 +126,8 @@ FlashAttentionParams checked_params(const Arguments& a) {
     p.batch = a.q.size(0);
     p.queries = a.q.size(1);
     p.keys = a.k.size(1);
-    GK_CHECK_VALUE(a.k.size(0) == p.batch, kOp, "k: expected batch ", p.batch, " as q, got ", a.k.size(0));
-    GK_CHECK_VALUE(a.v.size(0) == p.batch, kOp, "v: expected batch ", p.batch, " as q, got ", a.v.size(0));
+    GK_CHECK_VALUE(a.k.size(0) == p.batch, op, "k: expected batch ", p.batch, " as q, got ", a.k.size(0));
+    GK_CHECK_VALUE(a.v.size(0) == p.batch, op, "v: expected batch ", p.batch, " as q, got ", a.v.size(0));
   }
   p.q = heads_view(a.q, p.dtype, packed);
   p.k = heads_view(a.k, p.dtype, packed);
@@ -132,10 +135,10 @@ FlashAttentionParams checked_params(const Arguments& a) {
   p.lse_batch = packed ? 0 : p.heads * p.queries;
   p.lse_head = packed ? a.q.size(0) : p.queries;
 
-  GK_CHECK_VALUE(a.left >= -1 && a.right >= -1, kOp, "window_size: expected each >= -1 (-1: no limit), got (", a.left,
+  GK_CHECK_VALUE(a.left >= -1 && a.right >= -1, op, "window_size: expected each >= -1 (-1: no limit), got (", a.left,
                  ", ", a.right, ")");
-  GK_CHECK_VALUE(a.softcap >= 0, kOp, "softcap: expected >= 0 (0: none), got ", a.softcap);
-  GK_CHECK_VALUE(a.dropout_p >= 0 && a.dropout_p < 1, kOp, "dropout_p: expected 0 <= p < 1, got ", a.dropout_p);
+  GK_CHECK_VALUE(a.softcap >= 0, op, "softcap: expected >= 0 (0: none), got ", a.softcap);
+  GK_CHECK_VALUE(a.dropout_p >= 0 && a.dropout_p < 1, op, "dropout_p: expected 0 <= p < 1, got ", a.dropout_p);
   p.left = a.left;
   p.right = a.right;
   p.scale = a.scale;
@@ -144,39 +147,39 @@ FlashAttentionParams checked_params(const Arguments& a) {
   if (a.dropout_p > 0) {
     GK_CHECK_VALUE(a.rng_state && a.rng_state->dim() == 1 && a.rng_state->size(0) == 2 &&
                        a.rng_state->scalar_type() == ScalarType::Long && a.rng_state->is_contiguous(),
-                   kOp, "rng_state: expected int64 [2], seed and offset, where dropout_p > 0");
+                   op, "rng_state: expected int64 [2], seed and offset, where dropout_p > 0");
     const int64_t* state = a.rng_state->const_data_ptr<int64_t>();
-    GK_CHECK_VALUE(state[1] >= 0 && state[1] < (int64_t(1) << 32), kOp, "offset: expected 0 <= offset < 2^32, got ",
+    GK_CHECK_VALUE(state[1] >= 0 && state[1] < (int64_t(1) << 32), op, "offset: expected 0 <= offset < 2^32, got ",
                    state[1]);
     p.seed = uint64_t(state[0]);
     p.offset = uint32_t(state[1]);
   }
   if (a.slopes) {
-    GK_CHECK_TYPE(a.slopes->scalar_type() == compute_type(p.dtype), kOp, "alibi_slopes: expected ",
+    GK_CHECK_TYPE(a.slopes->scalar_type() == compute_type(p.dtype), op, "alibi_slopes: expected ",
                   dtype_name(compute_type(p.dtype)), ", got ", dtype_name(a.slopes->scalar_type()));
     const bool per_batch = a.slopes->dim() == 2 && a.slopes->size(0) == p.batch && a.slopes->size(1) == p.heads;
     GK_CHECK_VALUE((per_batch || (a.slopes->dim() == 1 && a.slopes->size(0) == p.heads)) && a.slopes->is_contiguous(),
-                   kOp, "alibi_slopes: expected a contiguous [", p.heads, "] or [", p.batch, ", ", p.heads, "], got ",
+                   op, "alibi_slopes: expected a contiguous [", p.heads, "] or [", p.batch, ", ", p.heads, "], got ",
                    shape_of(*a.slopes));
     p.slopes = static_cast<const char*>(a.slopes->const_data_ptr());
     p.slopes_batch = per_batch ? p.heads : 0;
   }
   if (a.bias) {
-    const Dtype dtype = float_dtype(kOp, "attn_bias", *a.bias);
-    GK_CHECK_TYPE(dtype == p.dtype || dtype == Dtype::f32, kOp, "attn_bias: expected the dtype of q or float32, got ",
+    const Dtype dtype = float_dtype(op, "attn_bias", *a.bias);
+    GK_CHECK_TYPE(dtype == p.dtype || dtype == Dtype::f32, op, "attn_bias: expected the dtype of q or float32, got ",
                   dtype_name(a.bias->scalar_type()));
-    p.bias = scores_view(*a.bias, "attn_bias", p);
+    p.bias = scores_view(op, *a.bias, "attn_bias", p);
     p.bias.dtype = dtype;
   }
   if (a.mask) {
-    GK_CHECK_TYPE(a.mask->scalar_type() == ScalarType::Bool, kOp, "attn_mask: expected bool, got ",
+    GK_CHECK_TYPE(a.mask->scalar_type() == ScalarType::Bool, op, "attn_mask: expected bool, got ",
                   dtype_name(a.mask->scalar_type()), "; an additive mask goes into attn_bias");
-    p.mask = scores_view(*a.mask, "attn_mask", p);
+    p.mask = scores_view(op, *a.mask, "attn_mask", p);
   }
   if (a.sink) {
-    GK_CHECK_TYPE(a.sink->scalar_type() == compute_type(p.dtype), kOp, "sink: expected ",
+    GK_CHECK_TYPE(a.sink->scalar_type() == compute_type(p.dtype), op, "sink: expected ",
                   dtype_name(compute_type(p.dtype)), ", got ", dtype_name(a.sink->scalar_type()));
-    GK_CHECK_VALUE(a.sink->dim() == 1 && a.sink->size(0) == p.heads && a.sink->is_contiguous(), kOp,
+    GK_CHECK_VALUE(a.sink->dim() == 1 && a.sink->size(0) == p.heads && a.sink->is_contiguous(), op,
                    "sink: expected a contiguous [", p.heads, "], got ", shape_of(*a.sink));
     p.sink = static_cast<const char*>(a.sink->const_data_ptr());
   }
@@ -234,13 +237,13 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention(const Tensor& q, const Tensor
 
 // The gradient of the bias, in a pass of its own that recomputes the scores. Its items own disjoint parts of it: the
 // batches, heads and rows that share an element are summed by one item, in order.
-Tensor bias_gradient(FlashAttentionParams& p, const Tensor& bias) {
+Tensor bias_gradient(const char* op, FlashAttentionParams& p, const Tensor& bias) {
   const bool broadcast = bias.numel() < p.batch * p.heads * p.queries * p.keys;
   const ScalarType type = broadcast ? ScalarType::Double : compute_type(p.dtype);
   Tensor sums = new_empty(bias, bias.sizes().data(), bias.dim(), type);
   torch::stable::zero_(sums);
   if (sums.numel() == 0) return sums;
-  p.dbias = scores_view(sums, "attn_bias", p);
+  p.dbias = scores_view(op, sums, "attn_bias", p);
   p.dbias.dtype = type == ScalarType::Double ? Dtype::f64 : Dtype::f32;
   const int64_t rows = p.queries * p.group;
   const int64_t batches = p.dbias.batch ? p.batch : 1, heads = p.dbias.head ? p.kv_heads : 1;
@@ -268,20 +271,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
     const OptionalTensor& cu_k, const OptionalTensor& slopes, const OptionalTensor& bias, const OptionalTensor& mask,
     const OptionalTensor& sink, const OptionalTensor& rng_state, int64_t left, int64_t right, double scale,
     double softcap, double dropout_p, bool bias_grad) {
-  FlashAttentionParams p = checked_params(
-      {q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p});
-  const bool packed = p.cu_q;
-  check_same_dtype(kOp, "out", out, "q", q);
-  const bool out_fits = out.dim() == q.dim() &&
-                        out.numel() == (packed ? q.size(0) : p.batch * p.queries) * p.heads * p.value_dim &&
-                        out.size(out.dim() - 1) == p.value_dim;
-  GK_CHECK_VALUE(out_fits, kOp, "out: expected what forward returned, got shape ", shape_of(out));
-  GK_CHECK_TYPE(lse.scalar_type() == compute_type(p.dtype), kOp, "lse: expected ", dtype_name(compute_type(p.dtype)),
-                ", got ", dtype_name(lse.scalar_type()));
-  GK_CHECK_VALUE(lse.numel() == (packed ? q.size(0) : p.batch * p.queries) * p.heads && lse.is_contiguous(), kOp,
-                 "lse: expected what forward returned, contiguous, got shape ", shape_of(lse));
-  check_same_dtype(kOp, "dout", dout, "q", q);
-  check_same_shape(kOp, "dout", dout, "out", out);
+  const Arguments a{q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p};
+  FlashAttentionParams p = checked_params(a);
+  const bool packed = a.packed();
+  const char* op = a.op();
+  const auto check_result = [&](const char* name, const Tensor& t, ScalarType type, std::vector<int64_t> shape) {
+    GK_CHECK_TYPE(t.scalar_type() == type, op, name, ": expected ", dtype_name(type), ", got ",
+                  dtype_name(t.scalar_type()));
+    const auto sizes = t.sizes();
+    GK_CHECK_VALUE(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), op, name,
+                   ": expected the shape that forward returned, got ", shape_of(t));
+  };
+  const ScalarType compute = compute_type(p.dtype);
+  const std::vector<int64_t> out_shape = packed ? std::vector<int64_t>{q.size(0), p.heads, p.value_dim}
+                                                : std::vector<int64_t>{p.batch, p.queries, p.heads, p.value_dim};
+  const std::vector<int64_t> lse_shape =
+      packed ? std::vector<int64_t>{p.heads, q.size(0)} : std::vector<int64_t>{p.batch, p.heads, p.queries};
+  check_result("out", out, q.scalar_type(), out_shape);
+  check_result("dout", dout, q.scalar_type(), out_shape);
+  check_result("lse", lse, compute, lse_shape);
+  GK_CHECK_VALUE(lse.is_contiguous(), op, "lse: expected a contiguous tensor");
+  if (dlse) check_result("dlse", *dlse, compute, lse_shape);
+  if (softmax_state) {
+    std::vector<int64_t> shape = lse_shape;
+    shape.push_back(2);
+    check_result("softmax_state", *softmax_state, compute, shape);
+    GK_CHECK_VALUE(softmax_state->is_contiguous(), op, "softmax_state: expected a contiguous tensor");
+    p.softmax_state = static_cast<char*>(const_cast<void*>(softmax_state->const_data_ptr()));
+  }
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
   p.out = heads_view(out, p.dtype, packed);
   p.dout = heads_view(dout, p.dtype, packed);
@@ -289,15 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
   p.dk = heads_view(dk, p.dtype, packed);
   p.dv = heads_view(dv, p.dtype, packed);
   p.lse = static_cast<char*>(const_cast<void*>(lse.const_data_ptr()));
-  if (softmax_state) {
-    check_same_dtype(kOp, "softmax_state", *softmax_state, "lse", lse);
-    GK_CHECK_VALUE(softmax_state->numel() == 2 * lse.numel() && softmax_state->is_contiguous(), kOp,
-                   "softmax_state: expected what forward returned, got shape ", shape_of(*softmax_state));
-    p.softmax_state = static_cast<char*>(const_cast<void*>(softmax_state->const_data_ptr()));
-  }
   if (dlse) {
-    check_same_shape(kOp, "dlse", *dlse, "lse", lse);
-    check_same_dtype(kOp, "dlse", *dlse, "lse", lse);
     p.dlse = static_cast<const char*>(dlse->const_data_ptr());
     p.dlse_batch = packed ? 0 : dlse->stride(0);
     p.dlse_head = dlse->stride(packed ? 0 : 1);
@@ -342,7 +351,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
     run(Gradients::all, 0, 0);
   }
 
-  Tensor dbias = bias_grad ? bias_gradient(p, *bias) : new_empty(q, {0}, q.scalar_type());
+  Tensor dbias = bias_grad ? bias_gradient(a.op(), p, *bias) : new_empty(q, {0}, q.scalar_type());
   return {dq, dk, dv, dbias, dsink};
 }
 

@@ -32,30 +32,31 @@ constexpr int kSteps = kBackwardKeys / kTileKeys;  // steps of keys that are pac
 template <class C>
 struct BackwardScratch {
   static constexpr int kSize = kTileQueries<C>;
+  Arena arena;
   int64_t head_stride, value_stride;  // of a packed row
   TileRows<C>* rows;
-  C *k, *v, *dk, *dv;        // [kBackwardKeys][stride]
-  C *q_t, *do_t, *q, *dout;  // a tile of queries: [dim][lanes] and [lanes][stride]
-  C *s, *dp, *extra, *cap;   // [kTileKeys][lanes]
-  C *max, *inverse, *delta;  // [lanes]; P = exp(score - max) * inverse
-  C* dq;                     // [rows of the item][stride]
+  Contracted<Fma<C>> k, q, dout;  // [kBackwardKeys][stride]; a tile of queries: [lanes][stride]
+  C *v, *dk, *dv;                 // [kBackwardKeys][stride]
+  C *q_t, *do_t;                  // a tile of queries: [dim][lanes]
+  C *s, *dp, *extra, *cap;        // [kTileKeys][lanes]
+  C *max, *inverse, *delta;       // [lanes]; P = exp(score - max) * inverse
+  C* dq;                          // [rows of the item][stride]
   void* stage;
-  bool q_finite, dout_finite, k_finite[kSteps];
   char* end;
 
-  BackwardScratch(const FlashAttentionParams& p, int64_t dq_rows, void* memory) {
-    Arena arena(memory);
-    head_stride = row_stride<C>(p.head_dim);
-    value_stride = row_stride<C>(p.value_dim);
-    rows = arena.take<TileRows<C>>(1);
-    k = arena.take<C>(kBackwardKeys * head_stride);
+  BackwardScratch(const FlashAttentionParams& p, int64_t dq_rows, void* memory)
+      : arena(memory),
+        head_stride(row_stride<C>(p.head_dim)),
+        value_stride(row_stride<C>(p.value_dim)),
+        rows(arena.take<TileRows<C>>(1)),
+        k(arena, kBackwardKeys, head_stride),
+        q(arena, kSize, head_stride),
+        dout(arena, kSize, value_stride) {
     dk = arena.take<C>(kBackwardKeys * head_stride);
     v = arena.take<C>(kBackwardKeys * value_stride);
     dv = arena.take<C>(kBackwardKeys * value_stride);
     q_t = arena.take<C>(kSize * head_stride);
-    q = arena.take<C>(kSize * head_stride);
     do_t = arena.take<C>(kSize * value_stride);
-    dout = arena.take<C>(kSize * value_stride);
     s = arena.take<C>(kTileKeys * kSize);
     dp = arena.take<C>(kTileKeys * kSize);
     extra = arena.take<C>(p.bias.data || p.mask.data ? kTileKeys * kSize : 0);
@@ -69,12 +70,13 @@ struct BackwardScratch {
   }
 };
 
-// out[lanes][stride] = the rows of a tile as they are, zeros in the lanes past the last one. False if not all finite.
+// to[lanes] = the rows of a tile as they are, zeros in the lanes past the last one.
 template <class C, class T>
-bool pack_query_rows(const FlashAttentionParams& p, const HeadsView& view, int64_t batch, const TileRows<C>& rows,
-                     int64_t dim, C* out, int64_t stride, T* stage) {
+void pack_query_rows(const FlashAttentionParams& p, const HeadsView& view, int64_t batch, const TileRows<C>& rows,
+                     int64_t dim, Contracted<Fma<C>>& to, T* stage) {
   Finiteness<C> finite;
-  for (int lane = 0; lane < kTileQueries<C>; ++lane, out += stride) {
+  C* out = to.packed;
+  for (int lane = 0; lane < kTileQueries<C>; ++lane, out += to.stride) {
     const T* row = lane < rows.count
                        ? contiguous(token_of<T>(view, batch, p.query_begin(batch) + rows.query[lane], rows.head[lane]),
                                     view.dim, dim, stage)
@@ -85,7 +87,7 @@ bool pack_query_rows(const FlashAttentionParams& p, const HeadsView& view, int64
       store(out + d, x);
     }
   }
-  return finite.all_finite();
+  to.separate(finite.all_finite(), kTileQueries<C>);
 }
 
 // out[kTileRows][Vectors] += A B for one panel of rows.
@@ -100,18 +102,10 @@ template <class C, int Vectors>
   }
 }
 
-// out[rows][stride] += A[rows][depth] B[depth][stride]; the dims lie in the lanes. skip_zeros: without multiplying by a
-// zero of A (a hidden score), for a B that holds NaN or infinity.
+// out[rows][stride] += A[rows][depth] B[depth][stride]; the dims lie in the lanes.
 template <class C>
 void add_product(const C* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const C* b, int64_t stride,
-                 int64_t depth, C* out, bool skip_zeros) {
-  if (skip_zeros) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t d = 0; d < depth; ++d)
-        if (const C factor = a[r * row_stride + d * depth_stride]; factor != 0)
-          for (int64_t i = 0; i < stride; ++i) out[r * stride + i] += factor * b[d * stride + i];
-    return;
-  }
+                 int64_t depth, C* out) {
   const int64_t vectors = stride / kLanesOf<C>;
   for (int64_t j = 0; j < vectors;) {
     const int64_t left = vectors - j, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;  // 4 = 2 + 2
@@ -161,7 +155,7 @@ void differentiate_scores(const FlashAttentionParams& p, int64_t batch, const Ba
   constexpr int kSize = kTileQueries<C>;
   const bool modified = scores_are_modified(p), masked = !scratch.rows->see_all(begin, end - begin);
   const auto score = masked && !modified ? score_panel<Fma<C>, true, false> : score_panel<Fma<C>, false, false>;
-  const C* k = scratch.k + (step * kTileKeys - key) * scratch.head_stride;
+  const C* k = scratch.k.packed + (step * kTileKeys - key) * scratch.head_stride;
   const C* v = scratch.v + (step * kTileKeys - key) * scratch.value_stride;
   for (int64_t i = begin; i < end; i += kTileRows) {
     score(k + i * scratch.head_stride, scratch.head_stride, scratch.q_t, p.head_dim, *scratch.rows, i,
@@ -186,6 +180,35 @@ void multiply_by_slope_of_cap(const BackwardScratch<C>& scratch, int64_t keys) {
     store(scratch.dp + i, load(scratch.dp + i) * load(scratch.cap + i));
 }
 
+// The same three products for what is NaN or infinite in dO, Q and K, where it is seen. The keys begin with row `at` of
+// K and lie at `key` of their sequence.
+template <class C>
+void add_nonfinite(const FlashAttentionParams& p, const BackwardScratch<C>& scratch, int64_t key, int64_t keys,
+                   int64_t at, bool want_keys, C* dq) {
+  constexpr int kSize = kTileQueries<C>;
+  const TileRows<C>& rows = *scratch.rows;
+  const bool has_bias = p.bias.data || p.mask.data;
+  const auto visible = [&](int64_t lane, int64_t i) {
+    return sees(rows, int(lane), key + i, has_bias ? scratch.extra + i * kSize : nullptr);
+  };
+  const auto add_to_keys = [&](const Contracted<Fma<C>>& matrix, int64_t dim, const C* factor, C* out) {
+    for_each_nonfinite(matrix, 0, rows.count, dim, [&](int64_t lane, int64_t d, C value) {
+      for (int64_t i = 0; i < keys; ++i)
+        if (visible(lane, i)) out[(at + i) * matrix.stride + d] += factor[i * kSize + lane] * value;
+    });
+  };
+  if (want_keys) {
+    add_to_keys(scratch.dout, p.value_dim, scratch.s, scratch.dv);
+    add_to_keys(scratch.q, p.head_dim, scratch.dp, scratch.dk);
+  }
+  if (dq)
+    for_each_nonfinite(scratch.k, at, at + keys, p.head_dim, [&](int64_t row, int64_t d, C value) {
+      for (int64_t lane = 0; lane < rows.count; ++lane)
+        if (visible(lane, row - at))
+          dq[lane * scratch.head_stride + d] += scratch.dp[(row - at) * kSize + lane] * value;
+    });
+}
+
 // What forward kept of a row's softmax; without it (its op was another one's) lse has to do.
 template <class C>
 struct RowState {
@@ -208,9 +231,8 @@ void load_tile(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, in
   if (rows.most_last < 0) return;
   pack_queries<Fma<C>, T>(p, p.q, batch, rows, p.head_dim, scratch.q_t, stage);
   pack_queries<Fma<C>, T>(p, p.dout, batch, rows, p.value_dim, scratch.do_t, stage);
-  scratch.q_finite = pack_query_rows<C, T>(p, p.q, batch, rows, p.head_dim, scratch.q, scratch.head_stride, stage);
-  scratch.dout_finite =
-      pack_query_rows<C, T>(p, p.dout, batch, rows, p.value_dim, scratch.dout, scratch.value_stride, stage);
+  pack_query_rows<C, T>(p, p.q, batch, rows, p.head_dim, scratch.q, stage);
+  pack_query_rows<C, T>(p, p.dout, batch, rows, p.value_dim, scratch.dout, stage);
   for (int lane = 0; lane < kTileQueries<C>; ++lane) {
     const int64_t at = batch * p.lse_batch + rows.head[lane] * p.lse_head + p.query_begin(batch) + rows.query[lane];
     const RowState<C> state = row_state<C>(p, at);
@@ -226,16 +248,12 @@ void load_tile(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, in
 template <class C, class T>
 void load_keys(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, int64_t key,
                BackwardScratch<C>& scratch) {
-  for (int64_t step = 0; step < kSteps; ++step) {
-    const int64_t from = key + step * kTileKeys, count = min_of<int64_t>(kTileKeys, p.key_count(batch) - from);
-    if (count <= 0) return;
-    T* stage = static_cast<T*>(scratch.stage);
-    scratch.k_finite[step] =
-        pack_rows<Fma<C>, T>(p.k, batch, p.key_begin(batch) + from, count, kv_head, p.head_dim,
-                             scratch.k + step * kTileKeys * scratch.head_stride, scratch.head_stride, stage);
-    pack_rows<Fma<C>, T>(p.v, batch, p.key_begin(batch) + from, count, kv_head, p.value_dim,
-                         scratch.v + step * kTileKeys * scratch.value_stride, scratch.value_stride, stage);
-  }
+  const int64_t count = min_of<int64_t>(kBackwardKeys, p.key_count(batch) - key), token = p.key_begin(batch) + key;
+  T* stage = static_cast<T*>(scratch.stage);
+  const bool finite =
+      pack_rows<Fma<C>, T>(p.k, batch, token, count, kv_head, p.head_dim, scratch.k.packed, scratch.head_stride, stage);
+  scratch.k.separate(finite, round_up(count, kKeyGroup));
+  pack_rows<Fma<C>, T>(p.v, batch, token, count, kv_head, p.value_dim, scratch.v, scratch.value_stride, stage);
 }
 
 // f(step, key of the step, begin, end) for every step of the packed keys that the tile of queries sees part of.
@@ -285,19 +303,19 @@ void backward(const FlashAttentionParams& p, Gradients which, int64_t batch, int
       if (rows.most_last < key || rows.least_first >= key + kBackwardKeys) continue;
       load_tile<C, T>(p, batch, kv_head, row, row_end, scratch);
       for_each_step(p, batch, rows, key, [&](int64_t step, int64_t from, int64_t begin, int64_t end) {
-        const bool hides = p.mask.data || p.bias.data || !rows.see_all(begin, end - begin);
         const int64_t keys = end - begin, at = step * kTileKeys + begin - from;
         differentiate_scores(p, batch, scratch, step, from, begin, end);
         if (p.softcap > 0) multiply_by_slope_of_cap(scratch, keys);
+        C* dq = scratch.dq + (row - row_begin) * head_stride;
         if (want_keys) {
-          add_product<C>(scratch.s, kSize, 1, keys, scratch.dout, value_stride, kSize, scratch.dv + at * value_stride,
-                         hides && !scratch.dout_finite);
-          add_product<C>(scratch.dp, kSize, 1, keys, scratch.q, head_stride, kSize, scratch.dk + at * head_stride,
-                         hides && !scratch.q_finite);
+          add_product<C>(scratch.s, kSize, 1, keys, scratch.dout.finite, value_stride, kSize,
+                         scratch.dv + at * value_stride);
+          add_product<C>(scratch.dp, kSize, 1, keys, scratch.q.finite, head_stride, kSize,
+                         scratch.dk + at * head_stride);
         }
         if (want_queries)
-          add_product<C>(scratch.dp, 1, kSize, kSize, scratch.k + at * head_stride, head_stride, keys,
-                         scratch.dq + (row - row_begin) * head_stride, hides && !scratch.k_finite[step]);
+          add_product<C>(scratch.dp, 1, kSize, kSize, scratch.k.finite + at * head_stride, head_stride, keys, dq);
+        add_nonfinite<C>(p, scratch, begin, keys, at, want_keys, want_queries ? dq : nullptr);
       });
     }
     if (!want_keys) continue;
@@ -380,6 +398,7 @@ void delta_of_head(const FlashAttentionParams& p, int64_t batch, int64_t head) {
       as_product = fold ? as_product + (chain[0] + chain[1]) : chain[0] + chain[1];
     }
     if (state.inverse == 1) sum = as_product;
+    if (state.max == -kInfinity<C>) sum = 0;  // no key: out is 0 whatever dout
     const C lse = reinterpret_cast<const C*>(p.lse)[at];
     if (lse == -kInfinity<C>) {
       reinterpret_cast<C*>(p.delta)[at] = 0;  // no key: no gradient, whatever dlse

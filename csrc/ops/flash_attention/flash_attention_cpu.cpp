@@ -38,23 +38,23 @@ template <class P>
 struct ForwardScratch {
   using C = typename P::Compute;
   using Word = typename P::Word;
-  int64_t q_words, k_stride, v_stride, value_rows, tiles;
+  Arena arena;
+  int64_t q_words, k_stride, value_rows, tiles;
   TileState<P>* state;
-  Word *k, *v;
+  Word* k;
+  Contracted<P> v;
   C *s, *extra;
   void* stage;
   char* end;
 
-  ForwardScratch(const FlashAttentionParams& p, void* memory) {
-    Arena arena(memory);
+  ForwardScratch(const FlashAttentionParams& p, void* memory)
+      : arena(memory), v(arena, kTileKeys / P::kPerWord, row_stride<C>(p.value_dim)) {
     q_words = (p.head_dim + P::kPerWord - 1) / P::kPerWord;
     k_stride = row_stride<C>(q_words);
-    v_stride = row_stride<C>(p.value_dim);
     value_rows = round_up(p.value_dim, kTileRows);
     tiles = (p.block_rows + kTileQueries<C> - 1) / kTileQueries<C>;
     state = arena.take<TileState<P>>(tiles);
     k = arena.take<Word>(kTileKeys * k_stride);
-    v = arena.take<Word>(kTileKeys / P::kPerWord * v_stride);
     s = arena.take<C>(kTileKeys * kTileQueries<C>);
     extra = arena.take<C>(p.bias.data || p.mask.data ? kTileKeys * kTileQueries<C> : 0);
     stage = arena.take<double>(kLanes * max_of(p.head_dim, p.value_dim));
@@ -142,37 +142,28 @@ template <class P, bool Folded>
   }
 }
 
-// The same, element by element and without multiplying by a zero: for a step that holds both hidden keys and values that
-// are NaN or infinite.
+// o_t[dims][lanes] += V^T P^T for the values that are NaN or infinite, where they are seen. The keys begin with row
+// `first` of V and lie at `key` of their sequence.
 template <class P>
-void output_panel_skipping_zeros(const typename P::Word* v, int64_t v_stride, const typename P::Word* p_t,
-                                 int64_t depth, const Vec<typename P::Compute>* alpha, typename P::Compute* o_t) {
+void add_nonfinite_values(const FlashAttentionParams& p, const ForwardScratch<P>& scratch, int64_t first, int64_t key,
+                          int64_t keys, TileState<P>& state) {
   using C = typename P::Compute;
   constexpr int kSize = kTileQueries<C>;
-  const auto part = [](typename P::Word word, int h) -> C {
-    if constexpr (P::kPerWord == 1)
-      return word;
-    else
-      return bit_cast<float>(h ? word & 0xffff0000 : word << 16);
-  };
-  C factor[kSize];
-  __builtin_memcpy(factor, alpha, sizeof factor);
-  for (int i = 0; i < kTileRows; ++i)
-    for (int lane = 0; lane < kSize; ++lane) {
-      C sum = 0;
-      for (int64_t k = 0; k < depth; ++k)
-        for (int h = 0; h < P::kPerWord; ++h) {
-          const C probability = part(p_t[k * kSize + lane], h);
-          if (probability != 0) sum += probability * part(v[k * v_stride + i], h);
-        }
-      o_t[i * kSize + lane] = o_t[i * kSize + lane] * factor[lane] + sum;
-    }
+  const auto* p_t = reinterpret_cast<const typename P::Word*>(scratch.s);
+  const bool has_bias = p.bias.data || p.mask.data;
+  for_each_nonfinite(scratch.v, first, first + keys, p.value_dim, [&](int64_t row, int64_t d, C value) {
+    const int64_t i = row - first;
+    for (int lane = 0; lane < kSize; ++lane)
+      if (sees(state.rows, lane, key + i, has_bias ? scratch.extra + i * kSize : nullptr))
+        state.o_t[d * kSize + lane] +=
+            Contracted<P>::part(p_t[i / P::kPerWord * kSize + lane], i % P::kPerWord) * value;
+  });
 }
 
 // One step over the keys [key, key + keys) for one tile of queries.
 template <class P>
-void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t keys, bool values_finite,
-            const ForwardScratch<P>& scratch, TileState<P>& state) {
+void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t keys, const ForwardScratch<P>& scratch,
+            TileState<P>& state) {
   using C = typename P::Compute;
   int64_t begin = key, end = key + round_up(keys, kKeyGroup);
   state.rows.clip(begin, end);
@@ -197,14 +188,12 @@ void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t k
   if (p.dropout_p > 0) {
     if constexpr (P::kPerWord == 1) drop_step<P>(p, batch, state.rows, begin, end - begin, scratch.s);
   }
-  const bool skip_zeros = !values_finite && (masked || p.mask.data || p.bias.data);
-  const auto* v = scratch.v + (begin - key) / P::kPerWord * scratch.v_stride;
-  const auto output = skip_zeros ? output_panel_skipping_zeros<P>
-                      : modified ? output_panel<P, true>
-                                 : output_panel<P, false>;
+  const auto* v = scratch.v.finite + (begin - key) / P::kPerWord * scratch.v.stride;
+  const auto output = modified ? output_panel<P, true> : output_panel<P, false>;
   const auto* p_t = reinterpret_cast<const typename P::Word*>(scratch.s);
   for (int64_t d = 0; d < scratch.value_rows; d += kTileRows)
-    output(v + d, scratch.v_stride, p_t, (end - begin) / P::kPerWord, alpha, state.o_t + d * kTileQueries<C>);
+    output(v + d, scratch.v.stride, p_t, (end - begin) / P::kPerWord, alpha, state.o_t + d * kTileQueries<C>);
+  add_nonfinite_values(p, scratch, begin - key, begin, end - begin, state);
 }
 
 // The rows of a tile to out and lse: O^T / sum, the sink included.
@@ -288,8 +277,9 @@ void forward_block(const FlashAttentionParams& p, int64_t batch, int64_t kv_head
   for (int64_t key = first_key / kTileKeys * kTileKeys; key <= last_key; key += kTileKeys) {
     const int64_t keys = min_of<int64_t>(kTileKeys, p.key_count(batch) - key);
     pack_rows<P, T>(p.k, batch, begin + key, keys, kv_head, p.head_dim, scratch.k, scratch.k_stride, stage);
-    const bool finite =
-        pack_values<P, T>(p.v, batch, begin + key, keys, kv_head, p.value_dim, scratch.v, scratch.v_stride, stage);
+    scratch.v.separate(pack_values<P, T>(p.v, batch, begin + key, keys, kv_head, p.value_dim, scratch.v.packed,
+                                         scratch.v.stride, stage),
+                       round_up(keys, kKeyGroup) / P::kPerWord);
     for (int64_t t = 0; t < tiles; ++t) {
       // The next step's keys come into L2 while this one's are multiplied, a share with each tile.
       const int64_t next = key + kTileKeys, from = next + kTileKeys * t / tiles,
@@ -298,7 +288,7 @@ void forward_block(const FlashAttentionParams& p, int64_t batch, int64_t kv_head
         prefetch_row<T>(p.k, batch, begin + ahead, kv_head, p.head_dim);
         prefetch_row<T>(p.v, batch, begin + ahead, kv_head, p.value_dim);
       }
-      attend<P>(p, batch, key, keys, finite, scratch, scratch.state[t]);
+      attend<P>(p, batch, key, keys, scratch, scratch.state[t]);
     }
   }
   for (int64_t t = 0; t < tiles; ++t) finish<P, T>(p, batch, scratch.state[t]);

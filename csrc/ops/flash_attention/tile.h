@@ -125,7 +125,7 @@ GK_INLINE Vec<Compute<T>> load_at(const T* row, int64_t i, int64_t n) {
   return i + kLanesOf<Compute<T>> <= n ? load(row + i) : load_first(row + i, n - i);
 }
 
-// NaN if any element packed so far was NaN or infinite: such rows must not be multiplied by the zero of a hidden key.
+// NaN if any element packed so far was NaN or infinite.
 template <class C>
 struct Finiteness {
   Vec<C> sum{};
@@ -215,6 +215,58 @@ bool pack_values(const HeadsView& view, int64_t batch, int64_t begin, int64_t co
     }
     return finite.all_finite();
   }
+}
+
+// A packed matrix that is multiplied by probabilities or their gradients. Those of a hidden key are 0, and 0 * NaN must
+// not reach a result that does not see it. `finite` has zeros in the place of NaN and infinities (it is `packed` where
+// there are none), so that a product has the bits it has without them; add_nonfinite brings them to what sees them.
+template <class P>
+struct Contracted {
+  using C = typename P::Compute;
+  using Word = typename P::Word;
+  int64_t stride;
+  Word *packed, *copy, *finite;
+
+  Contracted(Arena& arena, int64_t rows, int64_t stride)
+      : stride(stride), packed(arena.take<Word>(rows * stride)), copy(arena.take<Word>(rows * stride)) {}
+
+  // To be called when `rows` rows of words were packed.
+  void separate(bool all_finite, int64_t rows) {
+    finite = all_finite ? packed : copy;
+    for (int64_t i = 0; !all_finite && i < rows * stride; ++i) {
+      Word word = packed[i];
+      if constexpr (P::kPerWord == 1) {
+        if (word - word != 0) word = 0;
+      } else {
+        if (part(word, 0) - part(word, 0) != 0) word &= 0xffff0000;
+        if (part(word, 1) - part(word, 1) != 0) word &= 0x0000ffff;
+      }
+      copy[i] = word;
+    }
+  }
+  // Element d of row r, where a word holds kPerWord rows.
+  C at(int64_t r, int64_t d) const { return part(packed[r / P::kPerWord * stride + d], r % P::kPerWord); }
+  static C part(Word word, int64_t half) {
+    if constexpr (P::kPerWord == 1)
+      return word;
+    else
+      return bit_cast<float>(half ? word & 0xffff0000 : word << 16);
+  }
+};
+
+// True if the query of a lane sees a key; `bias` is that key's row of fetch_bias, or null.
+template <class C>
+GK_INLINE bool sees(const TileRows<C>& rows, int lane, int64_t key, const C* bias) {
+  return rows.first[lane] <= key && key <= rows.last[lane] && !(bias && bias[lane] == -kInfinity<C>);
+}
+
+// add(r, d, value) for every NaN and infinity of rows [begin, end) of a packed matrix.
+template <class P, class F>
+void for_each_nonfinite(const Contracted<P>& matrix, int64_t begin, int64_t end, int64_t dim, F&& add) {
+  if (matrix.finite == matrix.packed) return;
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t d = 0; d < dim; ++d)
+      if (const auto value = matrix.at(r, d); value - value != 0) add(r, d, value);
 }
 
 // s[kTileRows][kTileQueries] = K Q^T for one panel of keys. Masked: -inf where a lane does not see a key. Max: also

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import op, raise_double_backward
+from ...registry import fake, op, raise_double_backward
 from . import samples
 from .reference import flash_attention_reference, flash_attention_varlen_reference
 
@@ -172,14 +172,14 @@ def _lse_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("genai_kernels::flash_attention")
+@fake("flash_attention")
 def _(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p):
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     tokens_heads = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     return out, *(q.new_empty(shape, dtype=_lse_dtype(q)) for shape in (tokens_heads, (*tokens_heads, 2)))
 
 
-@torch.library.register_fake("genai_kernels::flash_attention_bwd")
+@fake("flash_attention_bwd")
 def _(
     dout, dlse, q, k, v, out, lse, softmax_state, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale,
     softcap, dropout_p, bias_grad,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Sample, op, raise_double_backward
+from ...registry import Sample, fake, op, raise_double_backward
 
 __all__ = ["fused_add_rms_norm"]
 
@@ -101,17 +101,17 @@ def fused_add_rms_norm(
     return out
 
 
-@torch.library.register_fake("genai_kernels::fused_add_rms_norm")
+@fake("fused_add_rms_norm")
 def _(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.register_fake("genai_kernels::fused_add_rms_norm_out")
+@fake("fused_add_rms_norm_out")
 def _(x, residual, weight, eps, out, out_residual):
     return None
 
 
-@torch.library.register_fake("genai_kernels::fused_add_rms_norm_bwd")
+@fake("fused_add_rms_norm_bwd")
 def _(dy, dsum, s, weight, eps, weight_grad):
     if weight is None or not weight_grad:
         return s.new_empty(s.shape), s.new_empty(0)

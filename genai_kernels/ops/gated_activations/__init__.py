@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ...registry import Accuracy, Sample, op, raise_double_backward
+from ...registry import Accuracy, Sample, fake, op, raise_double_backward
 
 __all__ = ["gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]
 
@@ -173,13 +173,16 @@ def gelu_tanh_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> to
 def _register(name: str) -> None:
     backward_op = getattr(_ops, f"{name}_bwd")
 
-    def fake(x):
+    @fake(name)
+    def _(x):
         return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
-    def fake_out(x, out):
+    @fake(f"{name}_out")
+    def _(x, out):
         return None
 
-    def fake_backward(dy, x):
+    @fake(f"{name}_bwd")
+    def _(dy, x):
         return x.new_empty(x.shape)
 
     def save(ctx, inputs, output):
@@ -188,9 +191,6 @@ def _register(name: str) -> None:
     def backward(ctx, dy):
         return backward_op(dy, *ctx.saved_tensors)
 
-    torch.library.register_fake(f"genai_kernels::{name}", fake)
-    torch.library.register_fake(f"genai_kernels::{name}_out", fake_out)
-    torch.library.register_fake(f"genai_kernels::{name}_bwd", fake_backward)
     torch.library.register_autograd(f"genai_kernels::{name}", backward, setup_context=save)
     torch.library.register_autograd(f"genai_kernels::{name}_bwd", raise_double_backward(name))
 

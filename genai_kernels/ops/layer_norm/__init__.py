@@ -6,7 +6,7 @@ from typing import overload
 
 import torch
 
-from ...registry import Sample, op, raise_double_backward
+from ...registry import Sample, fake, op, raise_double_backward
 
 __all__ = ["layer_norm"]
 
@@ -167,27 +167,27 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None, *, out=None):
     return out
 
 
-@torch.library.register_fake("genai_kernels::layer_norm")
+@fake("layer_norm")
 def _(x, weight, bias, eps):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("genai_kernels::layer_norm_out")
+@fake("layer_norm_out")
 def _(x, weight, bias, eps, out):
     return None
 
 
-@torch.library.register_fake("genai_kernels::add_layer_norm")
+@fake("add_layer_norm")
 def _(x, residual, weight, bias, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.register_fake("genai_kernels::add_layer_norm_out")
+@fake("add_layer_norm_out")
 def _(x, residual, weight, bias, eps, out, out_residual):
     return None
 
 
-@torch.library.register_fake("genai_kernels::layer_norm_bwd")
+@fake("layer_norm_bwd")
 def _(dy, dsum, x, weight, bias, eps, weight_grad, bias_grad):
     def gradient(parameter, wanted):
         return x.new_empty(0) if parameter is None or not wanted else parameter.new_empty(parameter.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Make, Sample, op, raise_double_backward
+from ...registry import Accuracy, Make, Sample, fake, op, raise_double_backward
 
 __all__ = ["merge_attention_states"]
 
@@ -135,12 +135,12 @@ def merge_attention_states(
     return _ops.merge_attention_states(o_a, lse_a, o_b, lse_b)
 
 
-@torch.library.register_fake("genai_kernels::merge_attention_states")
+@fake("merge_attention_states")
 def _(o_a, lse_a, o_b, lse_b):
     return o_a.new_empty(o_a.shape), lse_a.new_empty(lse_a.shape)
 
 
-@torch.library.register_fake("genai_kernels::merge_attention_states_bwd")
+@fake("merge_attention_states_bwd")
 def _(d_o, dlse, o_a, lse_a, o_b, lse_b):
     return tuple(t.new_empty(t.shape) for t in (o_a, lse_a, o_b, lse_b))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Sample, op, raise_double_backward
+from ...registry import Accuracy, Sample, fake, op, raise_double_backward
 
 __all__ = ["rms_norm"]
 
@@ -94,17 +94,17 @@ def rms_norm(
     return out
 
 
-@torch.library.register_fake("genai_kernels::rms_norm")
+@fake("rms_norm")
 def _(x, weight, eps):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("genai_kernels::rms_norm_out")
+@fake("rms_norm_out")
 def _(x, weight, eps, out):
     return None
 
 
-@torch.library.register_fake("genai_kernels::rms_norm_bwd")
+@fake("rms_norm_bwd")
 def _(dy, x, weight, eps, weight_grad):
     if weight is None or not weight_grad:
         return x.new_empty(x.shape), x.new_empty(0)

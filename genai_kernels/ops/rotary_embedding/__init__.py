@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Make, Sample, op
+from ...registry import Accuracy, Make, Sample, fake, op
 
 __all__ = ["rotary_embedding"]
 
@@ -140,12 +140,12 @@ def rotary_embedding(
     return out
 
 
-@torch.library.register_fake("genai_kernels::rotary_embedding")
+@fake("rotary_embedding")
 def _(x, cos, sin, positions, interleaved, inverse):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("genai_kernels::rotary_embedding_out")
+@fake("rotary_embedding_out")
 def _(x, cos, sin, positions, interleaved, inverse, out):
     return None
 
