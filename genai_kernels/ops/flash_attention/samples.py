@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...registry import Accuracy, Make, Sample
+from .path import path
 from .peers import PEERS, parts
 from .reference import flash_attention_reference, flash_attention_varlen_reference
 
@@ -161,9 +162,11 @@ DECLARED: dict[str, Any] = {
     "peers": PEERS,
     "parts": parts,
     "overloads": ("flash_attention", "flash_attention_bwd"),
+    "path": path,
 }
 DECLARED_VARLEN: dict[str, Any] = {
     "accuracy": _ACCURACY,
     "magnitude": _magnitude_varlen,
     "overloads": ("flash_attention", "flash_attention_bwd"),
+    "path": path,
 }
