@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from . import backends
 
@@ -157,6 +158,8 @@ def op(
             if backends.forced == "reference":
                 return reference(*args, **kwargs)
             try:
+                if not kwargs:
+                    return function(*args)
                 if kwargs.get("out") is not None:
                     return _into_out(name, function, args, kwargs)
                 return function(*args, **kwargs)
@@ -170,6 +173,29 @@ def op(
         return public  # type: ignore[return-value]
 
     return decorate
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """The function of `_C` that runs a kernel without the dispatcher: it returns NotImplemented, having done nothing,
+    where the dispatcher is needed (csrc/host/direct_call.h), as it always is with a torch that cannot do without.
+    """
+    from . import _C  # type: ignore[attr-defined]  # not there where only `doctor` runs
+
+    return getattr(_C, name, lambda *args: NotImplemented)
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The torch op `name`, called without the dispatcher wherever that makes no difference but in time."""
+    dispatched = getattr(torch.ops.genai_kernels, name).default  # without the search for an overload
+    straight = direct(name)
+
+    def call(*args: Any) -> Any:
+        if is_dynamo_compiling():
+            return dispatched(*args)
+        result = straight(*args)
+        return dispatched(*args) if result is NotImplemented else result
+
+    return call
 
 
 def fake(name: str) -> Callable[[F], F]:

@@ -10,7 +10,7 @@
 namespace genai_kernels {
 
 // Uninitialised and contiguous, on the device of `like`.
-inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dim, torch::headeronly::ScalarType dtype) {
+inline Tensor new_empty(const TensorRef& like, const int64_t* sizes, int64_t dim, torch::headeronly::ScalarType dtype) {
   int64_t strides[16];
   GK_CHECK_VALUE(dim <= 16, "new_empty", "shape: expected at most 16 dimensions, got ", dim);
   int64_t step = 1;
@@ -25,12 +25,13 @@ inline Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dim, t
       int32_t(device.type()), int32_t(device.index()), &handle));
   return Tensor(handle);
 }
-inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype) {
+inline Tensor new_empty(const TensorRef& like, std::initializer_list<int64_t> sizes,
+                        torch::headeronly::ScalarType dtype) {
   return new_empty(like, sizes.begin(), int64_t(sizes.size()), dtype);
 }
 
 // Contiguous, with the shape and dtype of `like`.
-inline Tensor new_like(const Tensor& like) {
+inline Tensor new_like(const TensorRef& like) {
   return new_empty(like, like.sizes().data(), like.dim(), like.scalar_type());
 }
 

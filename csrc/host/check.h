@@ -5,21 +5,15 @@
 // other two have no counterpart in std: they arrive as a RuntimeError that names its kind in front of the text, and
 // genai_kernels/registry.py turns it into the exception it names.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include "core/dtype.h"
+#include "host/tensor_ref.h"
 
 namespace genai_kernels {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 template <class... Parts>
 std::string error_text(const char* op, const Parts&... parts) {
@@ -43,7 +37,7 @@ std::string error_text(const char* op, const Parts&... parts) {
   throw std::runtime_error("[NotImplementedError] " + ::genai_kernels::error_text(op, __VA_ARGS__))
 
 // "[2, 3, 4]", for messages.
-inline std::string shape_of(const Tensor& t) {
+inline std::string shape_of(const TensorRef& t) {
   std::ostringstream text;
   text << '[';
   for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
@@ -51,8 +45,7 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-inline const char* dtype_name(torch::headeronly::ScalarType type) {
-  using torch::headeronly::ScalarType;
+inline const char* dtype_name(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
       return "float32";
@@ -74,8 +67,7 @@ inline const char* dtype_name(torch::headeronly::ScalarType type) {
 }
 
 // The element type of a floating tensor, or a TypeError.
-inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
-  using torch::headeronly::ScalarType;
+inline Dtype float_dtype(const char* op, const char* name, const TensorRef& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return Dtype::f32;
@@ -92,14 +84,14 @@ inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
   return Dtype::f32;
 }
 
-inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
-                             const Tensor& like) {
+inline void check_same_dtype(const char* op, const char* name, const TensorRef& t, const char* like_name,
+                             const TensorRef& like) {
   GK_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, name, ": expected the dtype of ", like_name, ", ",
                 dtype_name(like.scalar_type()), ", got ", dtype_name(t.scalar_type()));
 }
 
 // An output that several indices share (an expanded tensor) cannot be written.
-inline void check_writable(const char* op, const char* name, const Tensor& t) {
+inline void check_writable(const char* op, const char* name, const TensorRef& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   for (size_t i = 0; i < sizes.size(); ++i)
     GK_CHECK_VALUE(sizes[i] <= 1 || strides[i] != 0, op, name,
@@ -107,30 +99,46 @@ inline void check_writable(const char* op, const char* name, const Tensor& t) {
                    "; pass a copy (.clone())");
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
+inline bool same_shape(const TensorRef& a, const TensorRef& b) {
   const auto p = a.sizes(), q = b.sizes();
   return std::equal(p.begin(), p.end(), q.begin(), q.end());
 }
-inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name,
-                             const Tensor& like) {
+inline void check_same_shape(const char* op, const char* name, const TensorRef& t, const char* like_name,
+                             const TensorRef& like) {
   GK_CHECK_VALUE(same_shape(t, like), op, name, ": expected the shape of ", like_name, ", ", shape_of(like), ", got ",
                  shape_of(t));
+}
+
+inline int64_t element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      return 1;
+  }
 }
 
 // The bytes between the first and the last element of a tensor.
 struct ByteRange {
   const char *begin, *end;
 };
-inline ByteRange byte_range(const Tensor& t) {
-  const char* data = static_cast<const char*>(t.const_data_ptr());
+inline ByteRange byte_range(const TensorRef& t) {
+  const char* data = t.data_as<char>();
   if (t.numel() == 0) return {data, data};
   int64_t last = 0;
   for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  return {data, data + (last + 1) * int64_t(t.element_size())};
+  return {data, data + (last + 1) * element_size(t.scalar_type())};
 }
 
-inline void check_no_overlap(const char* op, const char* name, const Tensor& t, const char* input_name,
-                             const Tensor& input) {
+inline void check_no_overlap(const char* op, const char* name, const TensorRef& t, const char* input_name,
+                             const TensorRef& input) {
   const ByteRange a = byte_range(t), b = byte_range(input);
   GK_CHECK_VALUE(a.begin >= b.end || b.begin >= a.end, op, name, ": expected memory that does not overlap ", input_name,
                  ", got an overlap");
@@ -138,8 +146,8 @@ inline void check_no_overlap(const char* op, const char* name, const Tensor& t, 
 
 // An output may be the input itself (same elements in the same places) where the kernel reads a row before it writes
 // it; any other overlap would read what was just written.
-inline void check_no_partial_overlap(const char* op, const char* name, const Tensor& t, const char* input_name,
-                                     const Tensor& input) {
+inline void check_no_partial_overlap(const char* op, const char* name, const TensorRef& t, const char* input_name,
+                                     const TensorRef& input) {
   const ByteRange a = byte_range(t), b = byte_range(input);
   if (a.begin >= b.end || b.begin >= a.end) return;
   bool same = a.begin == b.begin && same_shape(t, input);
@@ -149,7 +157,8 @@ inline void check_no_partial_overlap(const char* op, const char* name, const Ten
 }
 
 // An `out` argument for a result like x, which may be x itself.
-inline void check_output(const char* op, const char* name, const Tensor& out, const char* x_name, const Tensor& x) {
+inline void check_output(const char* op, const char* name, const TensorRef& out, const char* x_name,
+                         const TensorRef& x) {
   check_same_dtype(op, name, out, x_name, x);
   check_same_shape(op, name, out, x_name, x);
   check_no_partial_overlap(op, name, out, x_name, x);

@@ -12,8 +12,8 @@
 
 namespace genai_kernels {
 
-inline NormParams norm_params(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                              double eps) {
+inline NormParams norm_params(const char* op, const TensorRef& x, const OptionalTensor& weight,
+                              const OptionalTensor& bias, double eps) {
   NormParams p{};
   GK_CHECK_VALUE(x.dim() >= 1, op, "x: expected at least one dimension, got a scalar");
   GK_CHECK_VALUE(eps >= 0, op, "eps: expected >= 0, got ", eps);
@@ -25,14 +25,14 @@ inline NormParams norm_params(const char* op, const Tensor& x, const OptionalTen
   return p;
 }
 
-inline void set_residual(const char* op, NormParams& p, const Tensor& x, const Tensor& residual) {
+inline void set_residual(const char* op, NormParams& p, const TensorRef& x, const TensorRef& residual) {
   check_same_dtype(op, "residual", residual, "x", x);
   check_same_shape(op, "residual", residual, "x", x);
   p.residual = read_rows(op, "residual", residual);
 }
 
 // `out` may be x or the residual itself: a row is read before it is written.
-inline void check_norm_output(const char* op, const char* name, const Tensor& out, const Tensor& x,
+inline void check_norm_output(const char* op, const char* name, const TensorRef& out, const TensorRef& x,
                               const OptionalTensor& residual, const OptionalTensor& weight,
                               const OptionalTensor& bias) {
   check_output(op, name, out, "x", x);
@@ -53,7 +53,7 @@ void run_norm_forward(const NormParams& p, Kernel kernel) {
 
 // dx, and dw and db (null: not wanted; otherwise [length]).
 template <class Kernel>
-void run_norm_backward(const char* op, NormParams& p, const Tensor& dy, const Tensor& x, const Tensor& dx,
+void run_norm_backward(const char* op, NormParams& p, const TensorRef& dy, const TensorRef& x, const TensorRef& dx,
                        const Tensor* dw, const Tensor* db, Kernel kernel) {
   check_same_dtype(op, "dy", dy, "x", x);
   check_same_shape(op, "dy", dy, "x", x);
@@ -82,7 +82,7 @@ void run_norm_backward(const char* op, NormParams& p, const Tensor& dy, const Te
 }
 
 // A gradient like a parameter, or empty where it is not wanted.
-inline Tensor new_parameter_gradient(const Tensor& x, const OptionalTensor& parameter, bool wanted) {
+inline Tensor new_parameter_gradient(const TensorRef& x, const OptionalTensor& parameter, bool wanted) {
   return parameter && wanted ? new_like(*parameter) : new_empty(x, {0}, x.scalar_type());
 }
 

@@ -6,7 +6,7 @@
 namespace genai_kernels {
 
 // The last `row_dims` dimensions (0 or 1, or 2 for rows of rows) are left to the kernel.
-inline Rows rows_of(const char* op, const char* name, const Tensor& t, void* data, int64_t row_dims = 1) {
+inline Rows rows_of(const char* op, const char* name, const TensorRef& t, void* data, int64_t row_dims = 1) {
   Rows rows;
   rows.data = data;
   const auto sizes = t.sizes(), strides = t.strides();
@@ -20,12 +20,10 @@ inline Rows rows_of(const char* op, const char* name, const Tensor& t, void* dat
                          " dimensions that cannot be merged, got shape ", shape_of(t));
   return rows;
 }
-inline Rows read_rows(const char* op, const char* name, const Tensor& t) {
-  return rows_of(op, name, t, const_cast<void*>(t.const_data_ptr()));
-}
-inline Rows write_rows(const char* op, const char* name, const Tensor& t) {
+inline Rows read_rows(const char* op, const char* name, const TensorRef& t) { return rows_of(op, name, t, t.data()); }
+inline Rows write_rows(const char* op, const char* name, const TensorRef& t) {
   check_writable(op, name, t);
-  return rows_of(op, name, t, t.mutable_data_ptr());
+  return rows_of(op, name, t, t.data());
 }
 
 // A weight or bias of `length` elements, of any floating dtype.
@@ -33,7 +31,7 @@ inline Parameter read_parameter(const char* op, const char* name, const Optional
   if (!t) return {};
   GK_CHECK_VALUE(t->dim() == 1 && t->size(0) == length, op, name, ": expected shape [", length,
                  "], the last dimension of x, got ", shape_of(*t));
-  return {t->const_data_ptr(), t->stride(0), float_dtype(op, name, *t)};
+  return {t->data(), t->stride(0), float_dtype(op, name, *t)};
 }
 
 }  // namespace genai_kernels

@@ -7,21 +7,21 @@
 namespace genai_kernels {
 
 // out [n], of type `dtype` = the sum of the rows of partial [blocks, n], float32 or float64, in their order.
-inline void sum_blocks(Dtype dtype, const Tensor& partial, const Tensor& out) {
+inline void sum_blocks(Dtype dtype, const TensorRef& partial, const TensorRef& out) {
   const int64_t blocks = partial.size(0), n = partial.size(1);
-  const bool in_double = partial.scalar_type() == torch::headeronly::ScalarType::Double;
-  const void* data = partial.const_data_ptr();
-  void* sums = out.mutable_data_ptr();
+  const bool in_double = partial.scalar_type() == ScalarType::Double;
+  const void* data = partial.data();
+  void* sums = out.data();
   parallel_for_elements(n, blocks, [&](int64_t begin, int64_t end) {
     sum_blocks_kernel(in_double, data, blocks, n, dtype, sums, begin, end);
   });
 }
 
 // out [n], of any floating dtype = the sum of the rows of partial [blocks, n], in their order.
-inline void sum_blocks(const double* partial, int64_t blocks, const Tensor& out) {
+inline void sum_blocks(const double* partial, int64_t blocks, const TensorRef& out) {
   const int64_t n = out.numel();
   const Dtype dtype = float_dtype("sum_blocks", "out", out);
-  void* sums = out.mutable_data_ptr();
+  void* sums = out.data();
   parallel_for_elements(n, blocks, [&](int64_t begin, int64_t end) {
     sum_blocks_kernel(true, partial, blocks, n, dtype, sums, begin, end);
   });

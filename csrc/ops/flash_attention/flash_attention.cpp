@@ -5,11 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "host/alloc.h"
 #include "host/check.h"
+#include "host/direct_call.h"
 #include "host/parallel.h"
 #include "host/scratch.h"
 #include "host/sum_blocks.h"
@@ -17,24 +19,23 @@
 namespace genai_kernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 ScalarType compute_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
 
 // The tensors and numbers of a call, as the schema orders them.
 struct Arguments {
-  const Tensor &q, &k, &v;
+  const TensorRef &q, &k, &v;
   const OptionalTensor &cu_q, &cu_k, &slopes, &bias, &mask, &sink, &rng_state;
   int64_t left, right;
-  double scale, softcap, dropout_p;
+  std::optional<double> scale;
+  double softcap, dropout_p;
 
   bool packed() const { return cu_q.has_value(); }
   const char* op() const { return packed() ? "flash_attention_varlen" : "flash_attention"; }
 };
 
-HeadsView heads_view(const Tensor& t, Dtype dtype, bool packed) {
+HeadsView heads_view(const TensorRef& t, Dtype dtype, bool packed) {
   HeadsView view;
-  view.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+  view.data = static_cast<char*>(t.data());
   view.dtype = dtype;
   const int64_t* strides = t.strides().data();
   if (!packed) view.batch = *strides++;
@@ -44,16 +45,16 @@ HeadsView heads_view(const Tensor& t, Dtype dtype, bool packed) {
   return view;
 }
 
-void check_dims(const char* op, const Tensor& t, const char* name, bool packed) {
+void check_dims(const char* op, const TensorRef& t, const char* name, bool packed) {
   GK_CHECK_VALUE(t.dim() == (packed ? 3 : 4), op, name, ": expected ",
                  packed ? "[tokens, heads, dim]" : "[batch, tokens, heads, dim]", ", got shape ", shape_of(t));
 }
 
-const int32_t* check_cumulative(const char* op, const Tensor& cu, const char* name, int64_t tokens) {
+const int32_t* check_cumulative(const char* op, const TensorRef& cu, const char* name, int64_t tokens) {
   GK_CHECK_TYPE(cu.scalar_type() == ScalarType::Int, op, name, ": expected int32, got ", dtype_name(cu.scalar_type()));
   GK_CHECK_VALUE(cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous(), op, name,
                  ": expected a contiguous [batch + 1], got shape ", shape_of(cu));
-  const int32_t* at = cu.const_data_ptr<int32_t>();
+  const int32_t* at = cu.data_as<int32_t>();
   GK_CHECK_VALUE(at[0] == 0, op, name, "[0]: expected 0, got ", at[0]);
   for (int64_t i = 1; i < cu.size(0); ++i)
     GK_CHECK_VALUE(at[i] >= at[i - 1], op, name, "[", i, "]: expected at least ", at[i - 1], ", got ", at[i]);
@@ -69,7 +70,7 @@ int64_t longest(const int32_t* cu, int64_t batch) {
 }
 
 // Strides of a tensor that broadcasts to [batch, heads, queries, keys].
-ScoresView scores_view(const char* op, const Tensor& t, const char* name, const FlashAttentionParams& p) {
+ScoresView scores_view(const char* op, const TensorRef& t, const char* name, const FlashAttentionParams& p) {
   const int64_t sizes[4] = {p.batch, p.heads, p.queries, p.keys};
   int64_t strides[4] = {0, 0, 0, 0};
   const int64_t dim = t.dim();
@@ -82,7 +83,7 @@ ScoresView scores_view(const char* op, const Tensor& t, const char* name, const 
   GK_CHECK_VALUE(fits, op, name, ": expected a shape that broadcasts to [", sizes[0], ", ", sizes[1], ", ", sizes[2],
                  ", ", sizes[3], "], got ", shape_of(t));
   ScoresView view;
-  view.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+  view.data = static_cast<char*>(t.data());
   view.batch = strides[0];
   view.head = strides[1];
   view.query = strides[2];
@@ -141,14 +142,14 @@ FlashAttentionParams checked_params(const Arguments& a) {
   GK_CHECK_VALUE(a.dropout_p >= 0 && a.dropout_p < 1, op, "dropout_p: expected 0 <= p < 1, got ", a.dropout_p);
   p.left = a.left;
   p.right = a.right;
-  p.scale = a.scale;
+  p.scale = a.scale ? *a.scale : std::pow(double(p.head_dim), -0.5);
   p.softcap = a.softcap;
   p.dropout_p = a.dropout_p;
   if (a.dropout_p > 0) {
     GK_CHECK_VALUE(a.rng_state && a.rng_state->dim() == 1 && a.rng_state->size(0) == 2 &&
                        a.rng_state->scalar_type() == ScalarType::Long && a.rng_state->is_contiguous(),
                    op, "rng_state: expected int64 [2], seed and offset, where dropout_p > 0");
-    const int64_t* state = a.rng_state->const_data_ptr<int64_t>();
+    const int64_t* state = a.rng_state->data_as<int64_t>();
     GK_CHECK_VALUE(state[1] >= 0 && state[1] < (int64_t(1) << 32), op, "offset: expected 0 <= offset < 2^32, got ",
                    state[1]);
     p.seed = uint64_t(state[0]);
@@ -161,7 +162,7 @@ FlashAttentionParams checked_params(const Arguments& a) {
     GK_CHECK_VALUE((per_batch || (a.slopes->dim() == 1 && a.slopes->size(0) == p.heads)) && a.slopes->is_contiguous(),
                    op, "alibi_slopes: expected a contiguous [", p.heads, "] or [", p.batch, ", ", p.heads, "], got ",
                    shape_of(*a.slopes));
-    p.slopes = static_cast<const char*>(a.slopes->const_data_ptr());
+    p.slopes = static_cast<const char*>(a.slopes->data());
     p.slopes_batch = per_batch ? p.heads : 0;
   }
   if (a.bias) {
@@ -181,7 +182,7 @@ FlashAttentionParams checked_params(const Arguments& a) {
                   dtype_name(compute_type(p.dtype)), ", got ", dtype_name(a.sink->scalar_type()));
     GK_CHECK_VALUE(a.sink->dim() == 1 && a.sink->size(0) == p.heads && a.sink->is_contiguous(), op,
                    "sink: expected a contiguous [", p.heads, "], got ", shape_of(*a.sink));
-    p.sink = static_cast<const char*>(a.sink->const_data_ptr());
+    p.sink = static_cast<const char*>(a.sink->data());
   }
   return p;
 }
@@ -197,28 +198,37 @@ void fill_unowned_rows(const FlashAttentionParams& p, Tensor& out, Tensor* lse) 
   torch::stable::fill_(rest_lse, -INFINITY);
 }
 
-std::tuple<Tensor, Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                   const OptionalTensor& cu_q, const OptionalTensor& cu_k,
-                                                   const OptionalTensor& slopes, const OptionalTensor& bias,
-                                                   const OptionalTensor& mask, const OptionalTensor& sink,
-                                                   const OptionalTensor& rng_state, int64_t left, int64_t right,
-                                                   double scale, double softcap, double dropout_p) {
-  FlashAttentionParams p = checked_params(
-      {q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p});
-  const bool packed = p.cu_q;
-  Tensor out = packed ? new_empty(q, {q.size(0), p.heads, p.value_dim}, q.scalar_type())
-                      : new_empty(q, {p.batch, p.queries, p.heads, p.value_dim}, q.scalar_type());
-  Tensor lse = packed ? new_empty(q, {p.heads, q.size(0)}, compute_type(p.dtype))
-                      : new_empty(q, {p.batch, p.heads, p.queries}, compute_type(p.dtype));
-  Tensor softmax_state = packed ? new_empty(q, {p.heads, q.size(0), 2}, compute_type(p.dtype))
-                                : new_empty(q, {p.batch, p.heads, p.queries, 2}, compute_type(p.dtype));
-  if (packed) fill_unowned_rows(p, out, &lse);
-  p.out = heads_view(out, p.dtype, packed);
-  p.lse = static_cast<char*>(lse.mutable_data_ptr());
-  p.softmax_state = static_cast<char*>(softmax_state.mutable_data_ptr());
+// Which results are wanted beside the output. What is not wanted is not allocated.
+enum class Wanted { output, lse, softmax_state };
+
+struct Forward {
+  Tensor out;
+  std::optional<Tensor> lse, softmax_state;
+};
+
+Forward forward(const Arguments& a, Wanted wanted) {
+  FlashAttentionParams p = checked_params(a);
+  const bool packed = a.packed();
+  const int64_t tokens = a.q.size(packed ? 0 : 1);
+  const ScalarType compute = compute_type(p.dtype);
+  // The first of four sizes is left out where the sequences are packed.
+  const auto allocate = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
+    return new_empty(a.q, sizes.begin() + packed, int64_t(sizes.size()) - packed, type);
+  };
+  Forward result{allocate({p.batch, tokens, p.heads, p.value_dim}, a.q.scalar_type()), {}, {}};
+  p.out = heads_view(result.out, p.dtype, packed);
+  if (wanted != Wanted::output) {
+    result.lse = allocate({p.batch, p.heads, tokens}, compute);
+    p.lse = static_cast<char*>(result.lse->mutable_data_ptr());
+  }
+  if (wanted == Wanted::softmax_state) {
+    result.softmax_state = allocate({p.batch, p.heads, tokens, 2}, compute);
+    p.softmax_state = static_cast<char*>(result.softmax_state->mutable_data_ptr());
+  }
+  if (packed) fill_unowned_rows(p, result.out, result.lse ? &*result.lse : nullptr);
 
   const int64_t rows = p.queries * p.group;
-  if (rows == 0 || p.batch * p.kv_heads == 0) return {out, lse, softmax_state};
+  if (rows == 0 || p.batch * p.kv_heads == 0) return result;
   // A block of rows packs its keys once; blocks are as long as leaves four for each thread. The bits do not depend on
   // it: every row goes through the same sums wherever it lies.
   const int64_t threads = torch::stable::get_num_threads();
@@ -232,12 +242,35 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention(const Tensor& q, const Tensor
         const int64_t block = blocks - 1 - item / pairs, pair = item % pairs;  // a causal call's longest rows first
         flash_attention_fwd_kernel(p, pair / p.kv_heads, pair % p.kv_heads, block * p.block_rows, scratch.get());
       });
-  return {out, lse, softmax_state};
+  return result;
+}
+
+#define GK_OPTION_PARAMETERS                                                                                        \
+  const OptionalTensor &cu_q, const OptionalTensor &cu_k, const OptionalTensor &slopes, const OptionalTensor &bias, \
+      const OptionalTensor &mask, const OptionalTensor &sink, const OptionalTensor &rng_state, int64_t left,        \
+      int64_t right, std::optional<double> scale, double softcap, double dropout_p
+#define GK_ARGUMENTS \
+  Arguments { q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p }
+
+std::tuple<Tensor, Tensor, Tensor> flash_attention(const TensorRef& q, const TensorRef& k, const TensorRef& v,
+                                                   GK_OPTION_PARAMETERS) {
+  Forward result = forward(GK_ARGUMENTS, Wanted::softmax_state);
+  return {result.out, *result.lse, *result.softmax_state};
+}
+
+// Without what only backward needs.
+Tensor flash_attention_output(const TensorRef& q, const TensorRef& k, const TensorRef& v, GK_OPTION_PARAMETERS) {
+  return forward(GK_ARGUMENTS, Wanted::output).out;
+}
+std::tuple<Tensor, Tensor> flash_attention_lse(const TensorRef& q, const TensorRef& k, const TensorRef& v,
+                                               GK_OPTION_PARAMETERS) {
+  Forward result = forward(GK_ARGUMENTS, Wanted::lse);
+  return {result.out, *result.lse};
 }
 
 // The gradient of the bias, in a pass of its own that recomputes the scores. Its items own disjoint parts of it: the
 // batches, heads and rows that share an element are summed by one item, in order.
-Tensor bias_gradient(const char* op, FlashAttentionParams& p, const Tensor& bias) {
+Tensor bias_gradient(const char* op, FlashAttentionParams& p, const TensorRef& bias) {
   const bool broadcast = bias.numel() < p.batch * p.heads * p.queries * p.keys;
   const ScalarType type = broadcast ? ScalarType::Double : compute_type(p.dtype);
   Tensor sums = new_empty(bias, bias.sizes().data(), bias.dim(), type);
@@ -265,17 +298,17 @@ Tensor bias_gradient(const char* op, FlashAttentionParams& p, const Tensor& bias
   return torch::stable::to(sums, bias.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& softmax_state, const OptionalTensor& cu_q,
-    const OptionalTensor& cu_k, const OptionalTensor& slopes, const OptionalTensor& bias, const OptionalTensor& mask,
-    const OptionalTensor& sink, const OptionalTensor& rng_state, int64_t left, int64_t right, double scale,
-    double softcap, double dropout_p, bool bias_grad) {
-  const Arguments a{q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng_state, left, right, scale, softcap, dropout_p};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(const TensorRef& dout,
+                                                                       const OptionalTensor& dlse, const TensorRef& q,
+                                                                       const TensorRef& k, const TensorRef& v,
+                                                                       const TensorRef& out, const TensorRef& lse,
+                                                                       const OptionalTensor& softmax_state,
+                                                                       GK_OPTION_PARAMETERS, bool bias_grad) {
+  const Arguments a = GK_ARGUMENTS;
   FlashAttentionParams p = checked_params(a);
   const bool packed = a.packed();
   const char* op = a.op();
-  const auto check_result = [&](const char* name, const Tensor& t, ScalarType type, std::vector<int64_t> shape) {
+  const auto check_result = [&](const char* name, const TensorRef& t, ScalarType type, std::vector<int64_t> shape) {
     GK_CHECK_TYPE(t.scalar_type() == type, op, name, ": expected ", dtype_name(type), ", got ",
                   dtype_name(t.scalar_type()));
     const auto sizes = t.sizes();
@@ -297,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
     shape.push_back(2);
     check_result("softmax_state", *softmax_state, compute, shape);
     GK_CHECK_VALUE(softmax_state->is_contiguous(), op, "softmax_state: expected a contiguous tensor");
-    p.softmax_state = static_cast<char*>(const_cast<void*>(softmax_state->const_data_ptr()));
+    p.softmax_state = static_cast<char*>(softmax_state->data());
   }
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
   p.out = heads_view(out, p.dtype, packed);
@@ -305,9 +338,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
   p.dq = heads_view(dq, p.dtype, packed);
   p.dk = heads_view(dk, p.dtype, packed);
   p.dv = heads_view(dv, p.dtype, packed);
-  p.lse = static_cast<char*>(const_cast<void*>(lse.const_data_ptr()));
+  p.lse = static_cast<char*>(lse.data());
   if (dlse) {
-    p.dlse = static_cast<const char*>(dlse->const_data_ptr());
+    p.dlse = static_cast<const char*>(dlse->data());
     p.dlse_batch = packed ? 0 : dlse->stride(0);
     p.dlse_head = dlse->stride(packed ? 0 : 1);
     p.dlse_token = dlse->stride(packed ? 1 : 2);
@@ -358,20 +391,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
 }  // namespace
 }  // namespace genai_kernels
 
-#define GK_ATTENTION_OPTIONS                                                                                 \
-  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? attn_bias, Tensor? attn_mask, " \
-  "Tensor? sink, Tensor? rng_state, int window_left, int window_right, float softmax_scale, float softcap, " \
+#define GK_ATTENTION_OPTIONS                                                                                  \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? attn_bias, Tensor? attn_mask, "  \
+  "Tensor? sink, Tensor? rng_state, int window_left, int window_right, float? softmax_scale, float softcap, " \
   "float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
   m.def("flash_attention(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS
         ") -> (Tensor out, Tensor lse, Tensor softmax_state)");
   m.def(
-      "flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? "
+      "flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? "
       "softmax_state, " GK_ATTENTION_OPTIONS
       ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("flash_attention", TORCH_BOX(&genai_kernels::flash_attention));
-  m.impl("flash_attention_bwd", TORCH_BOX(&genai_kernels::flash_attention_bwd));
+  m.impl("flash_attention", GK_DISPATCHED(genai_kernels::flash_attention));
+  m.impl("flash_attention_bwd", GK_DISPATCHED(genai_kernels::flash_attention_bwd));
 }
+GK_DIRECT(flash_attention_output, genai_kernels::flash_attention_output)
+GK_DIRECT(flash_attention_lse, genai_kernels::flash_attention_lse)

@@ -207,7 +207,7 @@ void finish(const FlashAttentionParams& p, int64_t batch, TileState<P>& state) {
   const double exact_unit = scores_are_modified(p) ? 1 : p.scale;
   const C unit = C(exact_unit);
   const int64_t first = batch * p.lse_batch + p.query_begin(batch);
-  C *lse = reinterpret_cast<C*>(p.lse) + first, *softmax_state = reinterpret_cast<C*>(p.softmax_state) + 2 * first;
+  C *lse = reinterpret_cast<C*>(p.lse), *softmax_state = reinterpret_cast<C*>(p.softmax_state);  // or null
   const TileRows<C>& rows = state.rows;
   for (int lane = 0; lane < kSize; ++lane) {
     if (lane >= rows.count) {
@@ -227,8 +227,9 @@ void finish(const FlashAttentionParams& p, int64_t batch, TileState<P>& state) {
     }
     sum[lane] = total;
     inverse[lane] = total == 0 ? C(0) : 1 / total;
-    const int64_t at = rows.head[lane] * p.lse_head + rows.query[lane];
-    lse[at] = total == 0 ? -kInfinity<C> : C(exact_top + __builtin_log(double(total)));
+    const int64_t at = first + rows.head[lane] * p.lse_head + rows.query[lane];
+    if (lse) lse[at] = total == 0 ? -kInfinity<C> : C(exact_top + __builtin_log(double(total)));
+    if (!softmax_state) continue;
     softmax_state[2 * at] = most[lane];
     softmax_state[2 * at + 1] = beside_sink[lane] * inverse[lane];
   }

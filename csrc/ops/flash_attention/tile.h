@@ -72,11 +72,12 @@ struct TileRows {
     const int64_t keys = p.key_count(batch), shift = keys - p.query_count(batch);
     least_first = least_last = keys;
     most_first = most_last = -1;
+    int64_t at = row / p.group, in_group = row % p.group;
     for (int lane = 0; lane < kSize; ++lane) {
-      const int64_t r = row + min_of<int64_t>(lane, count - 1);
-      query[lane] = r / p.group;
-      head[lane] = kv_head * p.group + r % p.group;
-      const int64_t diagonal = query[lane] + shift;
+      if (0 < lane && lane < count && ++in_group == p.group) in_group = 0, ++at;
+      query[lane] = at;
+      head[lane] = kv_head * p.group + in_group;
+      const int64_t diagonal = at + shift;
       int64_t from = p.left < 0 ? 0 : max_of<int64_t>(0, diagonal - p.left);
       int64_t to = p.right < 0 ? keys - 1 : min_of<int64_t>(keys - 1, diagonal + p.right);
       if (to < from) from = keys, to = -1;  // sees nothing; must not widen the range of the tile

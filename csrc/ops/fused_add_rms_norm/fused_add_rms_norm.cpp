@@ -1,10 +1,9 @@
 // Host of fused_add_rms_norm: schema, checks, allocation.
 #include "ops/fused_add_rms_norm/fused_add_rms_norm.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "host/direct_call.h"
 #include "host/norm_rows.h"
 
 namespace genai_kernels {
@@ -12,8 +11,8 @@ namespace {
 
 constexpr const char* kOp = "fused_add_rms_norm";
 
-std::tuple<Tensor, Tensor> fused_add_rms_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
-                                              double eps) {
+std::tuple<Tensor, Tensor> fused_add_rms_norm(const TensorRef& x, const TensorRef& residual,
+                                              const OptionalTensor& weight, double eps) {
   NormParams p = norm_params(kOp, x, weight, {}, eps);
   set_residual(kOp, p, x, residual);
   Tensor y = new_like(x), sum = new_like(x);
@@ -23,8 +22,8 @@ std::tuple<Tensor, Tensor> fused_add_rms_norm(const Tensor& x, const Tensor& res
   return {y, sum};
 }
 
-void fused_add_rms_norm_out(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, double eps,
-                            Tensor out, Tensor out_residual) {
+void fused_add_rms_norm_out(const TensorRef& x, const TensorRef& residual, const OptionalTensor& weight, double eps,
+                            const Output& out, const Output& out_residual) {
   NormParams p = norm_params(kOp, x, weight, {}, eps);
   set_residual(kOp, p, x, residual);
   check_norm_output(kOp, "out[0]", out, x, residual, weight, {});
@@ -36,7 +35,7 @@ void fused_add_rms_norm_out(const Tensor& x, const Tensor& residual, const Optio
 }
 
 // sum = x + residual. The gradient of x and of the residual is the same.
-std::tuple<Tensor, Tensor> fused_add_rms_norm_bwd(const Tensor& dy, const OptionalTensor& dsum, const Tensor& sum,
+std::tuple<Tensor, Tensor> fused_add_rms_norm_bwd(const TensorRef& dy, const OptionalTensor& dsum, const TensorRef& sum,
                                                   const OptionalTensor& weight, double eps, bool weight_grad) {
   NormParams p = norm_params(kOp, sum, weight, {}, eps);
   if (dsum) {
@@ -62,7 +61,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
       "(Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("fused_add_rms_norm", TORCH_BOX(&genai_kernels::fused_add_rms_norm));
-  m.impl("fused_add_rms_norm_out", TORCH_BOX(&genai_kernels::fused_add_rms_norm_out));
-  m.impl("fused_add_rms_norm_bwd", TORCH_BOX(&genai_kernels::fused_add_rms_norm_bwd));
+  m.impl("fused_add_rms_norm", GK_DISPATCHED(genai_kernels::fused_add_rms_norm));
+  m.impl("fused_add_rms_norm_out", GK_DISPATCHED(genai_kernels::fused_add_rms_norm_out));
+  m.impl("fused_add_rms_norm_bwd", GK_DISPATCHED(genai_kernels::fused_add_rms_norm_bwd));
 }
+GK_DIRECT(fused_add_rms_norm, genai_kernels::fused_add_rms_norm)
+GK_DIRECT(fused_add_rms_norm_out, genai_kernels::fused_add_rms_norm_out)

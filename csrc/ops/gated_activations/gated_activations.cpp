@@ -1,11 +1,11 @@
 // Host of silu_and_mul, gelu_and_mul and gelu_tanh_and_mul: schemas, checks, allocation, the parallel loop over rows.
 #include "ops/gated_activations/gated_activations.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "host/alloc.h"
 #include "host/check.h"
+#include "host/direct_call.h"
 #include "host/parallel.h"
 #include "host/rows.h"
 #include "host/scratch.h"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* kNames[] = {"silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"};  // in the order of Gate
 
-GatedActivationParams checked_params(Gate gate, const Tensor& x) {
+GatedActivationParams checked_params(Gate gate, const TensorRef& x) {
   const char* op = kNames[int(gate)];
   GatedActivationParams p{};
   p.gate = gate;
@@ -30,12 +30,12 @@ GatedActivationParams checked_params(Gate gate, const Tensor& x) {
 // The shape of y.
 struct HalfShape {
   int64_t sizes[64], dim;
-  explicit HalfShape(const Tensor& x) : dim(x.dim()) {
+  explicit HalfShape(const TensorRef& x) : dim(x.dim()) {
     const auto full = x.sizes();
     std::copy(full.begin(), full.end(), sizes);
     sizes[dim - 1] /= 2;
   }
-  bool fits(const Tensor& t) const {
+  bool fits(const TensorRef& t) const {
     const auto other = t.sizes();
     return std::equal(sizes, sizes + dim, other.begin(), other.end());
   }
@@ -55,7 +55,7 @@ void forward(const GatedActivationParams& p) {
 }
 
 template <Gate kGate>
-Tensor gated(const Tensor& x) {
+Tensor gated(const TensorRef& x) {
   GatedActivationParams p = checked_params(kGate, x);
   const HalfShape half(x);
   Tensor y = new_empty(x, half.sizes, half.dim, x.scalar_type());
@@ -65,7 +65,7 @@ Tensor gated(const Tensor& x) {
 }
 
 template <Gate kGate>
-void gated_out(const Tensor& x, Tensor out) {
+void gated_out(const TensorRef& x, const Output& out) {
   constexpr const char* op = kNames[int(kGate)];
   GatedActivationParams p = checked_params(kGate, x);
   check_same_dtype(op, "out", out, "x", x);
@@ -77,7 +77,7 @@ void gated_out(const Tensor& x, Tensor out) {
 }
 
 template <Gate kGate>
-Tensor gated_bwd(const Tensor& dy, const Tensor& x) {
+Tensor gated_bwd(const TensorRef& dy, const TensorRef& x) {
   constexpr const char* op = kNames[int(kGate)];
   GatedActivationParams p = checked_params(kGate, x);
   check_same_dtype(op, "dy", dy, "x", x);
@@ -110,14 +110,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
   m.def("gelu_tanh_and_mul_bwd(Tensor dy, Tensor x) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  using namespace genai_kernels;
-  m.impl("silu_and_mul", TORCH_BOX(&gated<Gate::silu>));
-  m.impl("silu_and_mul_out", TORCH_BOX(&gated_out<Gate::silu>));
-  m.impl("silu_and_mul_bwd", TORCH_BOX(&gated_bwd<Gate::silu>));
-  m.impl("gelu_and_mul", TORCH_BOX(&gated<Gate::gelu>));
-  m.impl("gelu_and_mul_out", TORCH_BOX(&gated_out<Gate::gelu>));
-  m.impl("gelu_and_mul_bwd", TORCH_BOX(&gated_bwd<Gate::gelu>));
-  m.impl("gelu_tanh_and_mul", TORCH_BOX(&gated<Gate::gelu_tanh>));
-  m.impl("gelu_tanh_and_mul_out", TORCH_BOX(&gated_out<Gate::gelu_tanh>));
-  m.impl("gelu_tanh_and_mul_bwd", TORCH_BOX(&gated_bwd<Gate::gelu_tanh>));
+  m.impl("silu_and_mul", GK_DISPATCHED(genai_kernels::gated<genai_kernels::Gate::silu>));
+  m.impl("silu_and_mul_out", GK_DISPATCHED(genai_kernels::gated_out<genai_kernels::Gate::silu>));
+  m.impl("silu_and_mul_bwd", GK_DISPATCHED(genai_kernels::gated_bwd<genai_kernels::Gate::silu>));
+  m.impl("gelu_and_mul", GK_DISPATCHED(genai_kernels::gated<genai_kernels::Gate::gelu>));
+  m.impl("gelu_and_mul_out", GK_DISPATCHED(genai_kernels::gated_out<genai_kernels::Gate::gelu>));
+  m.impl("gelu_and_mul_bwd", GK_DISPATCHED(genai_kernels::gated_bwd<genai_kernels::Gate::gelu>));
+  m.impl("gelu_tanh_and_mul", GK_DISPATCHED(genai_kernels::gated<genai_kernels::Gate::gelu_tanh>));
+  m.impl("gelu_tanh_and_mul_out", GK_DISPATCHED(genai_kernels::gated_out<genai_kernels::Gate::gelu_tanh>));
+  m.impl("gelu_tanh_and_mul_bwd", GK_DISPATCHED(genai_kernels::gated_bwd<genai_kernels::Gate::gelu_tanh>));
 }
+GK_DIRECT(silu_and_mul, genai_kernels::gated<genai_kernels::Gate::silu>)
+GK_DIRECT(gelu_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu>)
+GK_DIRECT(gelu_tanh_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu_tanh>)
+GK_DIRECT(silu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::silu>)
+GK_DIRECT(gelu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu>)
+GK_DIRECT(gelu_tanh_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu_tanh>)

@@ -1,10 +1,9 @@
 // Host of layer_norm, with and without a residual: schemas, checks, allocation.
 #include "ops/layer_norm/layer_norm.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "host/direct_call.h"
 #include "host/norm_rows.h"
 
 namespace genai_kernels {
@@ -12,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "layer_norm";
 
-Tensor layer_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+Tensor layer_norm(const TensorRef& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   NormParams p = norm_params(kOp, x, weight, bias, eps);
   Tensor y = new_like(x);
   p.y = write_rows(kOp, "out", y);
@@ -20,14 +19,15 @@ Tensor layer_norm(const Tensor& x, const OptionalTensor& weight, const OptionalT
   return y;
 }
 
-void layer_norm_out(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, Tensor out) {
+void layer_norm_out(const TensorRef& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                    const Output& out) {
   NormParams p = norm_params(kOp, x, weight, bias, eps);
   check_norm_output(kOp, "out", out, x, {}, weight, bias);
   p.y = write_rows(kOp, "out", out);
   run_norm_forward(p, layer_norm_fwd_kernel);
 }
 
-std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
+std::tuple<Tensor, Tensor> add_layer_norm(const TensorRef& x, const TensorRef& residual, const OptionalTensor& weight,
                                           const OptionalTensor& bias, double eps) {
   NormParams p = norm_params(kOp, x, weight, bias, eps);
   set_residual(kOp, p, x, residual);
@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residua
   return {y, sum};
 }
 
-void add_layer_norm_out(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
-                        const OptionalTensor& bias, double eps, Tensor out, Tensor out_residual) {
+void add_layer_norm_out(const TensorRef& x, const TensorRef& residual, const OptionalTensor& weight,
+                        const OptionalTensor& bias, double eps, const Output& out, const Output& out_residual) {
   NormParams p = norm_params(kOp, x, weight, bias, eps);
   set_residual(kOp, p, x, residual);
   check_norm_output(kOp, "out[0]", out, x, residual, weight, bias);
@@ -51,7 +51,7 @@ void add_layer_norm_out(const Tensor& x, const Tensor& residual, const OptionalT
 }
 
 // x is what was normalised, dsum the gradient of the sum where there was a residual.
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const OptionalTensor& dsum, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const TensorRef& dy, const OptionalTensor& dsum, const TensorRef& x,
                                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                                   bool weight_grad, bool bias_grad) {
   NormParams p = norm_params(kOp, x, weight, bias, eps);
@@ -82,9 +82,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
       "bool bias_grad) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("layer_norm", TORCH_BOX(&genai_kernels::layer_norm));
-  m.impl("layer_norm_out", TORCH_BOX(&genai_kernels::layer_norm_out));
-  m.impl("add_layer_norm", TORCH_BOX(&genai_kernels::add_layer_norm));
-  m.impl("add_layer_norm_out", TORCH_BOX(&genai_kernels::add_layer_norm_out));
-  m.impl("layer_norm_bwd", TORCH_BOX(&genai_kernels::layer_norm_bwd));
+  m.impl("layer_norm", GK_DISPATCHED(genai_kernels::layer_norm));
+  m.impl("layer_norm_out", GK_DISPATCHED(genai_kernels::layer_norm_out));
+  m.impl("add_layer_norm", GK_DISPATCHED(genai_kernels::add_layer_norm));
+  m.impl("add_layer_norm_out", GK_DISPATCHED(genai_kernels::add_layer_norm_out));
+  m.impl("layer_norm_bwd", GK_DISPATCHED(genai_kernels::layer_norm_bwd));
 }
+GK_DIRECT(layer_norm, genai_kernels::layer_norm)
+GK_DIRECT(add_layer_norm, genai_kernels::add_layer_norm)
+GK_DIRECT(layer_norm_out, genai_kernels::layer_norm_out)
+GK_DIRECT(add_layer_norm_out, genai_kernels::add_layer_norm_out)

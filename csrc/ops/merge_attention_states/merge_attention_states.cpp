@@ -1,12 +1,11 @@
 // Host of merge_attention_states: schema, checks, allocation, and the parallel loop over rows.
 #include "ops/merge_attention_states/merge_attention_states.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "host/alloc.h"
 #include "host/check.h"
+#include "host/direct_call.h"
 #include "host/parallel.h"
 #include "host/rows.h"
 #include "host/scratch.h"
@@ -18,20 +17,17 @@ constexpr const char* kOp = "merge_attention_states";
 // A thread gets at least this many elements: about 5 us of work, what it costs to wake it.
 constexpr int64_t kGrain = 16384;
 
-torch::headeronly::ScalarType lse_type(Dtype dtype) {
-  using torch::headeronly::ScalarType;
-  return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
-}
+ScalarType lse_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
 
-PerRow per_row(const Tensor& t, void* data) {
+PerRow per_row(const TensorRef& t, void* data) {
   const int64_t dim = t.dim();
   return {data, dim == 3 ? t.stride(0) : 0, t.stride(dim - 2), t.stride(dim - 1)};
 }
-PerRow read_per_row(const Tensor& t) { return per_row(t, const_cast<void*>(t.const_data_ptr())); }
-PerRow write_per_row(const Tensor& t) { return per_row(t, t.mutable_data_ptr()); }
+PerRow read_per_row(const TensorRef& t) { return per_row(t, t.data()); }
+PerRow write_per_row(const TensorRef& t) { return per_row(t, t.data()); }
 
 // A tensor that holds one number for each row of o: o's shape without its last dimension, heads before tokens.
-void check_per_row(const char* name, const Tensor& t, const Tensor& o, Dtype dtype) {
+void check_per_row(const char* name, const TensorRef& t, const TensorRef& o, Dtype dtype) {
   GK_CHECK_TYPE(t.scalar_type() == lse_type(dtype), kOp, name, ": expected ", dtype_name(lse_type(dtype)),
                 " where o is ", dtype_name(o.scalar_type()), ", got ", dtype_name(t.scalar_type()));
   const bool packed = o.dim() == 3;
@@ -45,8 +41,8 @@ void check_per_row(const char* name, const Tensor& t, const Tensor& o, Dtype dty
                  "], got ", shape_of(t));
 }
 
-MergeAttentionStatesParams checked_params(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b,
-                                          const Tensor& lse_b) {
+MergeAttentionStatesParams checked_params(const TensorRef& o_a, const TensorRef& lse_a, const TensorRef& o_b,
+                                          const TensorRef& lse_b) {
   MergeAttentionStatesParams p{};
   GK_CHECK_VALUE(o_a.dim() == 3 || o_a.dim() == 4, kOp,
                  "o_a: expected [batch, tokens, heads, dim] or [tokens, heads, dim], got shape ", shape_of(o_a));
@@ -73,8 +69,8 @@ void for_rows(const MergeAttentionStatesParams& p, int64_t rows_of_scratch, cons
   });
 }
 
-std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b,
-                                                  const Tensor& lse_b) {
+std::tuple<Tensor, Tensor> merge_attention_states(const TensorRef& o_a, const TensorRef& lse_a, const TensorRef& o_b,
+                                                  const TensorRef& lse_b) {
   MergeAttentionStatesParams p = checked_params(o_a, lse_a, o_b, lse_b);
   Tensor o = new_like(o_a), lse = new_like(lse_a);
   p.o = write_rows(kOp, "o", o);
@@ -84,9 +80,9 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& o_a, const Tenso
   return {o, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_states_bwd(const Tensor& d_o, const OptionalTensor& dlse,
-                                                                      const Tensor& o_a, const Tensor& lse_a,
-                                                                      const Tensor& o_b, const Tensor& lse_b) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_states_bwd(const TensorRef& d_o, const OptionalTensor& dlse,
+                                                                      const TensorRef& o_a, const TensorRef& lse_a,
+                                                                      const TensorRef& o_b, const TensorRef& lse_b) {
   MergeAttentionStatesParams p = checked_params(o_a, lse_a, o_b, lse_b);
   check_same_dtype(kOp, "d_o", d_o, "o_a", o_a);
   check_same_shape(kOp, "d_o", d_o, "o_a", o_a);
@@ -115,6 +111,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
       "(Tensor d_o_a, Tensor dlse_a, Tensor d_o_b, Tensor dlse_b)");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("merge_attention_states", TORCH_BOX(&genai_kernels::merge_attention_states));
-  m.impl("merge_attention_states_bwd", TORCH_BOX(&genai_kernels::merge_attention_states_bwd));
+  m.impl("merge_attention_states", GK_DISPATCHED(genai_kernels::merge_attention_states));
+  m.impl("merge_attention_states_bwd", GK_DISPATCHED(genai_kernels::merge_attention_states_bwd));
 }
+GK_DIRECT(merge_attention_states, genai_kernels::merge_attention_states)

@@ -1,10 +1,9 @@
 // Host of rms_norm: schema, checks, allocation.
 #include "ops/rms_norm/rms_norm.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "host/direct_call.h"
 #include "host/norm_rows.h"
 
 namespace genai_kernels {
@@ -12,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "rms_norm";
 
-Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, double eps) {
+Tensor rms_norm(const TensorRef& x, const OptionalTensor& weight, double eps) {
   NormParams p = norm_params(kOp, x, weight, {}, eps);
   Tensor y = new_like(x);
   p.y = write_rows(kOp, "out", y);
@@ -20,15 +19,15 @@ Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, double eps) {
   return y;
 }
 
-void rms_norm_out(const Tensor& x, const OptionalTensor& weight, double eps, Tensor out) {
+void rms_norm_out(const TensorRef& x, const OptionalTensor& weight, double eps, const Output& out) {
   NormParams p = norm_params(kOp, x, weight, {}, eps);
   check_norm_output(kOp, "out", out, x, {}, weight, {});
   p.y = write_rows(kOp, "out", out);
   run_norm_forward(p, rms_norm_fwd_kernel);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, double eps,
-                                        bool weight_grad) {
+std::tuple<Tensor, Tensor> rms_norm_bwd(const TensorRef& dy, const TensorRef& x, const OptionalTensor& weight,
+                                        double eps, bool weight_grad) {
   NormParams p = norm_params(kOp, x, weight, {}, eps);
   Tensor dx = new_like(x), dw = new_parameter_gradient(x, weight, weight_grad);
   run_norm_backward(kOp, p, dy, x, dx, weight && weight_grad ? &dw : nullptr, nullptr, rms_norm_bwd_kernel);
@@ -44,7 +43,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
   m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, float eps, bool weight_grad) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&genai_kernels::rms_norm));
-  m.impl("rms_norm_out", TORCH_BOX(&genai_kernels::rms_norm_out));
-  m.impl("rms_norm_bwd", TORCH_BOX(&genai_kernels::rms_norm_bwd));
+  m.impl("rms_norm", GK_DISPATCHED(genai_kernels::rms_norm));
+  m.impl("rms_norm_out", GK_DISPATCHED(genai_kernels::rms_norm_out));
+  m.impl("rms_norm_bwd", GK_DISPATCHED(genai_kernels::rms_norm_bwd));
 }
+GK_DIRECT(rms_norm, genai_kernels::rms_norm)
+GK_DIRECT(rms_norm_out, genai_kernels::rms_norm_out)

@@ -6,6 +6,7 @@
 
 #include "host/alloc.h"
 #include "host/check.h"
+#include "host/direct_call.h"
 #include "host/parallel.h"
 #include "host/rows.h"
 #include "host/scratch.h"
@@ -14,14 +15,13 @@ namespace genai_kernels {
 namespace {
 
 constexpr const char* kOp = "rotary_embedding";
-using torch::headeronly::ScalarType;
 
 // t as one row (or, with row_dims = 0, one element) per token, broadcast over the dimensions of tokens that it lacks.
-Rows per_token(const char* name, const Tensor& t, int64_t row_dims, const Tensor& x) {
+Rows per_token(const char* name, const TensorRef& t, int64_t row_dims, const TensorRef& x) {
   const auto sizes = t.sizes(), strides = t.strides(), tokens = x.sizes();
   const int64_t token_dims = int64_t(tokens.size()) - 2, dims = int64_t(sizes.size()) - row_dims;
   Rows rows;
-  rows.data = const_cast<void*>(t.const_data_ptr());
+  rows.data = t.data();
   if (row_dims) {
     rows.length = sizes[dims];
     rows.inner_stride = strides[dims];
@@ -46,8 +46,8 @@ void check_range(const Rows& positions, int64_t table_rows) {
   }
 }
 
-RotaryParams checked_params(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
-                            bool interleaved, bool inverse) {
+RotaryParams checked_params(const TensorRef& x, const TensorRef& cos, const TensorRef& sin,
+                            const OptionalTensor& positions, bool interleaved, bool inverse) {
   RotaryParams p{};
   GK_CHECK_VALUE(x.dim() >= 3, kOp, "x: expected [..., tokens, heads, head_dim], got shape ", shape_of(x));
   const auto sizes = x.sizes(), strides = x.strides();
@@ -64,7 +64,7 @@ RotaryParams checked_params(const Tensor& x, const Tensor& cos, const Tensor& si
   p.rotary_dim = 2 * cos.size(cos.dim() - 1);
   GK_CHECK_VALUE(p.rotary_dim <= p.head_dim, kOp, "cos: expected at most half of head_dim, ", p.head_dim,
                  ", in the last dimension, got shape ", shape_of(cos));
-  p.x = rows_of(kOp, "x", x, const_cast<void*>(x.const_data_ptr()), 2);
+  p.x = rows_of(kOp, "x", x, x.data(), 2);
   p.x_head_stride = strides[dim - 2];
   if (!positions) {
     p.cos = per_token("cos", cos, 1, x);
@@ -83,9 +83,9 @@ RotaryParams checked_params(const Tensor& x, const Tensor& cos, const Tensor& si
   return p;
 }
 
-void run(RotaryParams& p, const Tensor& y) {
+void run(RotaryParams& p, const TensorRef& y) {
   check_writable(kOp, "out", y);
-  p.y = rows_of(kOp, "out", y, y.mutable_data_ptr(), 2);
+  p.y = rows_of(kOp, "out", y, y.data(), 2);
   p.y_head_stride = y.stride(y.dim() - 2);
   if (p.x.count == 0 || p.heads == 0 || p.head_dim == 0) return;
   parallel_for_elements(p.x.count, p.heads * p.head_dim, [&](int64_t begin, int64_t end) {
@@ -94,7 +94,7 @@ void run(RotaryParams& p, const Tensor& y) {
   });
 }
 
-Tensor rotary_embedding(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
+Tensor rotary_embedding(const TensorRef& x, const TensorRef& cos, const TensorRef& sin, const OptionalTensor& positions,
                         bool interleaved, bool inverse) {
   RotaryParams p = checked_params(x, cos, sin, positions, interleaved, inverse);
   Tensor y = new_like(x);
@@ -102,8 +102,8 @@ Tensor rotary_embedding(const Tensor& x, const Tensor& cos, const Tensor& sin, c
   return y;
 }
 
-void rotary_embedding_out(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
-                          bool interleaved, bool inverse, Tensor out) {
+void rotary_embedding_out(const TensorRef& x, const TensorRef& cos, const TensorRef& sin,
+                          const OptionalTensor& positions, bool interleaved, bool inverse, const Output& out) {
   RotaryParams p = checked_params(x, cos, sin, positions, interleaved, inverse);
   check_output(kOp, "out", out, "x", x);
   check_no_overlap(kOp, "out", out, "cos", cos);
@@ -123,6 +123,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
       "Tensor(a!) out) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("rotary_embedding", TORCH_BOX(&genai_kernels::rotary_embedding));
-  m.impl("rotary_embedding_out", TORCH_BOX(&genai_kernels::rotary_embedding_out));
+  m.impl("rotary_embedding", GK_DISPATCHED(genai_kernels::rotary_embedding));
+  m.impl("rotary_embedding_out", GK_DISPATCHED(genai_kernels::rotary_embedding_out));
 }
+GK_DIRECT(rotary_embedding, genai_kernels::rotary_embedding)
+GK_DIRECT(rotary_embedding_out, genai_kernels::rotary_embedding_out)

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from ...registry import fake, op, raise_double_backward
+from ...registry import direct, fake, op, raise_double_backward
 from . import samples
 from .reference import flash_attention_reference, flash_attention_varlen_reference
 
 __all__ = ["flash_attention", "flash_attention_varlen"]
 
 _ops = torch.ops.genai_kernels
+_attention = _ops.flash_attention.default  # without the search for an overload
+# For calls that no backward follows: index 1 with lse. What only backward needs is not computed.
+_without_state = (direct("flash_attention_output"), direct("flash_attention_lse"))
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def _autocast(*tensors):
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) for t in tensors)
 
 
 def _attend(
     q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, softmax_scale, softcap, alibi_slopes, attn_bias,
     attn_mask, sink, dropout_p, seed, offset, return_lse,
 ):  # fmt: skip
-    device = q.device.type
-    if device != "meta" and q.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+    plain = not is_dynamo_compiling() and not _any_autocast()
+    if not plain:
+        q, k, v = _autocast(q, k, v)
     left, right = window_size
     if causal:
         right = 0
@@ -39,10 +49,15 @@ def _attend(
         alibi_slopes = alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
     if sink is not None:
         sink = sink.to(torch.promote_types(q.dtype, torch.float32))
-    out, lse, _ = _ops.flash_attention(
+    given = (
         q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, attn_bias, attn_mask, sink, rng_state, left, right,
         softmax_scale, softcap, dropout_p,
     )  # fmt: skip
+    if plain:
+        result = _without_state[return_lse](*given)
+        if result is not NotImplemented:
+            return result
+    out, lse, _ = _attention(*given)
     return (out, lse) if return_lse else out
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Sample, fake, op, raise_double_backward
+from ...registry import Sample, fake, kernel, op, raise_double_backward
 
 __all__ = ["fused_add_rms_norm"]
 
 _ops = torch.ops.genai_kernels
-_fused_add_rms_norm = _ops.fused_add_rms_norm.default  # without the search for an overload
+_fused_add_rms_norm = kernel("fused_add_rms_norm")
+_fused_add_rms_norm_out = kernel("fused_add_rms_norm_out")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -97,7 +98,7 @@ def fused_add_rms_norm(
     """
     if out is None:
         return _fused_add_rms_norm(x, residual, weight, eps)
-    _ops.fused_add_rms_norm_out(x, residual, weight, eps, *out)
+    _fused_add_rms_norm_out(x, residual, weight, eps, *out)
     return out
 
 

@@ -7,14 +7,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ...registry import Accuracy, Sample, fake, op, raise_double_backward
+from ...registry import Accuracy, Sample, fake, kernel, op, raise_double_backward
 
 __all__ = ["gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]
 
 _ops = torch.ops.genai_kernels
-_silu = _ops.silu_and_mul.default  # without the search for an overload
-_gelu = _ops.gelu_and_mul.default
-_gelu_tanh = _ops.gelu_tanh_and_mul.default
+_silu = kernel("silu_and_mul")
+_gelu = kernel("gelu_and_mul")
+_gelu_tanh = kernel("gelu_tanh_and_mul")
+_silu_and_mul_out = kernel("silu_and_mul_out")
+_gelu_and_mul_out = kernel("gelu_and_mul_out")
+_gelu_tanh_and_mul_out = kernel("gelu_tanh_and_mul_out")
 
 
 def _reference(activation: Callable[..., torch.Tensor], **kwargs: str) -> Callable[..., torch.Tensor]:
@@ -107,7 +110,7 @@ def silu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.T
     """
     if out is None:
         return _silu(x)
-    _ops.silu_and_mul_out(x, out)
+    _silu_and_mul_out(x, out)
     return out
 
 
@@ -136,7 +139,7 @@ def gelu_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.T
     """
     if out is None:
         return _gelu(x)
-    _ops.gelu_and_mul_out(x, out)
+    _gelu_and_mul_out(x, out)
     return out
 
 
@@ -166,7 +169,7 @@ def gelu_tanh_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> to
     """
     if out is None:
         return _gelu_tanh(x)
-    _ops.gelu_tanh_and_mul_out(x, out)
+    _gelu_tanh_and_mul_out(x, out)
     return out
 
 

@@ -6,13 +6,15 @@ from typing import overload
 
 import torch
 
-from ...registry import Sample, fake, op, raise_double_backward
+from ...registry import Sample, fake, kernel, op, raise_double_backward
 
 __all__ = ["layer_norm"]
 
 _ops = torch.ops.genai_kernels
-_layer_norm = _ops.layer_norm.default  # without the search for an overload
-_add_layer_norm = _ops.add_layer_norm.default
+_layer_norm = kernel("layer_norm")
+_add_layer_norm = kernel("add_layer_norm")
+_layer_norm_out = kernel("layer_norm_out")
+_add_layer_norm_out = kernel("add_layer_norm_out")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -159,11 +161,11 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None, *, out=None):
     if residual is None:
         if out is None:
             return _layer_norm(x, weight, bias, eps)
-        _ops.layer_norm_out(x, weight, bias, eps, out)
+        _layer_norm_out(x, weight, bias, eps, out)
         return out
     if out is None:
         return _add_layer_norm(x, residual, weight, bias, eps)
-    _ops.add_layer_norm_out(x, residual, weight, bias, eps, *out)
+    _add_layer_norm_out(x, residual, weight, bias, eps, *out)
     return out
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Make, Sample, fake, op, raise_double_backward
+from ...registry import Accuracy, Make, Sample, fake, kernel, op, raise_double_backward
 
 __all__ = ["merge_attention_states"]
 
 _ops = torch.ops.genai_kernels
+_merge = kernel("merge_attention_states")
 _INFINITY = float("inf")
 
 
@@ -132,7 +133,7 @@ def merge_attention_states(
     >>> gk.merge_attention_states(o_a, lse_a, o_b, lse_b)
     (tensor([[[0.2500, 0.2500]]]), tensor([[1.3863]]))
     """
-    return _ops.merge_attention_states(o_a, lse_a, o_b, lse_b)
+    return _merge(o_a, lse_a, o_b, lse_b)
 
 
 @fake("merge_attention_states")

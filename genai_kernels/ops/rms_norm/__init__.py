@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Sample, fake, op, raise_double_backward
+from ...registry import Accuracy, Sample, fake, kernel, op, raise_double_backward
 
 __all__ = ["rms_norm"]
 
 _ops = torch.ops.genai_kernels
-_rms_norm = _ops.rms_norm.default  # without the search for an overload
+_rms_norm = kernel("rms_norm")
+_rms_norm_out = kernel("rms_norm_out")
 
 
 def rms_norm_reference(
@@ -90,7 +91,7 @@ def rms_norm(
     """
     if out is None:
         return _rms_norm(x, weight, eps)
-    _ops.rms_norm_out(x, weight, eps, out)
+    _rms_norm_out(x, weight, eps, out)
     return out
 
 

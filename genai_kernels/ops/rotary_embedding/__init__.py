@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Make, Sample, fake, op
+from ...registry import Accuracy, Make, Sample, fake, kernel, op
 
 __all__ = ["rotary_embedding"]
 
-_ops = torch.ops.genai_kernels
-_rotary_embedding = _ops.rotary_embedding.default  # without the search for an overload
+_rotary_embedding = kernel("rotary_embedding")
+_rotary_embedding_out = kernel("rotary_embedding_out")
 
 
 def _split(x: torch.Tensor, rotary_dim: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +136,7 @@ def rotary_embedding(
     """
     if out is None:
         return _rotary_embedding(x, cos, sin, positions, interleaved, False)
-    _ops.rotary_embedding_out(x, cos, sin, positions, interleaved, False, out)
+    _rotary_embedding_out(x, cos, sin, positions, interleaved, False, out)
     return out
 
 
