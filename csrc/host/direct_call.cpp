@@ -109,6 +109,11 @@ bool may_be_negated(const DlTensor& t) {
   return true;
 }
 
+PyObject* thread_is_plain_to_python(PyObject*, PyObject* const*, Py_ssize_t) {
+  return PyBool_FromLong(thread_is_plain());
+}
+Function thread_is_plain_function("thread_is_plain", thread_is_plain_to_python);
+
 }  // namespace
 
 constinit Function* Function::first = nullptr;

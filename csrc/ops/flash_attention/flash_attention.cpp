@@ -411,3 +411,5 @@ STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
 }
 GK_DIRECT(flash_attention_output, genai_kernels::flash_attention_output)
 GK_DIRECT(flash_attention_lse, genai_kernels::flash_attention_lse)
+GK_DIRECT(flash_attention, genai_kernels::flash_attention)
+GK_DIRECT(flash_attention_bwd, genai_kernels::flash_attention_bwd)

@@ -67,3 +67,4 @@ STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
 }
 GK_DIRECT(fused_add_rms_norm, genai_kernels::fused_add_rms_norm)
 GK_DIRECT(fused_add_rms_norm_out, genai_kernels::fused_add_rms_norm_out)
+GK_DIRECT(fused_add_rms_norm_bwd, genai_kernels::fused_add_rms_norm_bwd)

@@ -126,3 +126,6 @@ GK_DIRECT(gelu_tanh_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu_tanh
 GK_DIRECT(silu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::silu>)
 GK_DIRECT(gelu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu>)
 GK_DIRECT(gelu_tanh_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu_tanh>)
+GK_DIRECT(silu_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::silu>)
+GK_DIRECT(gelu_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu>)
+GK_DIRECT(gelu_tanh_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu_tanh>)

@@ -115,3 +115,4 @@ STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
   m.impl("merge_attention_states_bwd", GK_DISPATCHED(genai_kernels::merge_attention_states_bwd));
 }
 GK_DIRECT(merge_attention_states, genai_kernels::merge_attention_states)
+GK_DIRECT(merge_attention_states_bwd, genai_kernels::merge_attention_states_bwd)

@@ -49,3 +49,4 @@ STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
 }
 GK_DIRECT(rms_norm, genai_kernels::rms_norm)
 GK_DIRECT(rms_norm_out, genai_kernels::rms_norm_out)
+GK_DIRECT(rms_norm_bwd, genai_kernels::rms_norm_bwd)

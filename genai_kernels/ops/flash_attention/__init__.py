@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from ...registry import direct, fake, op, raise_double_backward
+from ...registry import autograd, direct, fake, kernel, no_double_backward, op
 from . import samples
 from .reference import flash_attention_reference, flash_attention_varlen_reference
 
 __all__ = ["flash_attention", "flash_attention_varlen"]
 
-_ops = torch.ops.genai_kernels
-_attention = _ops.flash_attention.default  # without the search for an overload
+_flash_attention_bwd = kernel("flash_attention_bwd")
+_attention = kernel("flash_attention")
 # For calls that no backward follows: index 1 with lse. What only backward needs is not computed.
 _without_state = (direct("flash_attention_output"), direct("flash_attention_lse"))
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -218,12 +218,12 @@ def _backward(ctx, dout, dlse, _):
             return (None,) * 15
         dout = torch.zeros_like(out)
     bias_grad = ctx.needs_input_grad[6]
-    dq, dk, dv, dbias, dsink = _ops.flash_attention_bwd(
+    dq, dk, dv, dbias, dsink = _flash_attention_bwd(
         dout, dlse, q, k, v, out, lse, softmax_state, *options, *ctx.numbers, bias_grad
     )
     dbias, dsink = dbias if bias_grad else None, None if options[-2] is None else dsink
     return dq, dk, dv, None, None, None, dbias, None, dsink, *[None] * 6
 
 
-torch.library.register_autograd("genai_kernels::flash_attention", _backward, setup_context=_save)
-torch.library.register_autograd("genai_kernels::flash_attention_bwd", raise_double_backward("flash_attention"))
+autograd("flash_attention", _save, _backward)
+no_double_backward("flash_attention_bwd", "flash_attention")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Sample, fake, kernel, op, raise_double_backward
+from ...registry import Sample, autograd, fake, kernel, no_double_backward, op
 
 __all__ = ["fused_add_rms_norm"]
 
-_ops = torch.ops.genai_kernels
 _fused_add_rms_norm = kernel("fused_add_rms_norm")
 _fused_add_rms_norm_out = kernel("fused_add_rms_norm_out")
+_fused_add_rms_norm_bwd = kernel("fused_add_rms_norm_bwd")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -127,9 +127,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy, dsum):
     s, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad[2]
-    dx, dweight = _ops.fused_add_rms_norm_bwd(dy, dsum, s, weight, ctx.eps, wanted)
+    dx, dweight = _fused_add_rms_norm_bwd(dy, dsum, s, weight, ctx.eps, wanted)
     return dx, dx, dweight if wanted else None, None
 
 
-torch.library.register_autograd("genai_kernels::fused_add_rms_norm", _backward, setup_context=_save)
-torch.library.register_autograd("genai_kernels::fused_add_rms_norm_bwd", raise_double_backward("fused_add_rms_norm"))
+autograd("fused_add_rms_norm", _save, _backward)
+no_double_backward("fused_add_rms_norm_bwd", "fused_add_rms_norm")

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ...registry import Accuracy, Sample, fake, kernel, op, raise_double_backward
+from ...registry import Accuracy, Sample, autograd, fake, kernel, no_double_backward, op
 
 __all__ = ["gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]
 
-_ops = torch.ops.genai_kernels
 _silu = kernel("silu_and_mul")
 _gelu = kernel("gelu_and_mul")
 _gelu_tanh = kernel("gelu_tanh_and_mul")
@@ -174,7 +173,7 @@ def gelu_tanh_and_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> to
 
 
 def _register(name: str) -> None:
-    backward_op = getattr(_ops, f"{name}_bwd")
+    run_backward = kernel(f"{name}_bwd")
 
     @fake(name)
     def _(x):
@@ -192,10 +191,10 @@ def _register(name: str) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward(ctx, dy):
-        return backward_op(dy, *ctx.saved_tensors)
+        return run_backward(dy, *ctx.saved_tensors)
 
-    torch.library.register_autograd(f"genai_kernels::{name}", backward, setup_context=save)
-    torch.library.register_autograd(f"genai_kernels::{name}_bwd", raise_double_backward(name))
+    autograd(name, save, backward)
+    no_double_backward(f"{name}_bwd", name)
 
 
 for _name in __all__:

@@ -6,15 +6,15 @@ from typing import overload
 
 import torch
 
-from ...registry import Sample, fake, kernel, op, raise_double_backward
+from ...registry import Sample, autograd, fake, kernel, no_double_backward, op
 
 __all__ = ["layer_norm"]
 
-_ops = torch.ops.genai_kernels
 _layer_norm = kernel("layer_norm")
 _add_layer_norm = kernel("add_layer_norm")
 _layer_norm_out = kernel("layer_norm_out")
 _add_layer_norm_out = kernel("add_layer_norm_out")
+_layer_norm_bwd = kernel("layer_norm_bwd")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -205,7 +205,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight, bias = ctx.saved_tensors
     _, weight_grad, bias_grad, _ = ctx.needs_input_grad
-    dx, dweight, dbias = _ops.layer_norm_bwd(dy, None, x, weight, bias, ctx.eps, weight_grad, bias_grad)
+    dx, dweight, dbias = _layer_norm_bwd(dy, None, x, weight, bias, ctx.eps, weight_grad, bias_grad)
     return dx, dweight if weight_grad else None, dbias if bias_grad else None, None
 
 
@@ -217,10 +217,10 @@ def _save_sum(ctx, inputs, output):
 def _backward_sum(ctx, dy, dsum):
     s, weight, bias = ctx.saved_tensors
     _, _, weight_grad, bias_grad, _ = ctx.needs_input_grad
-    dx, dweight, dbias = _ops.layer_norm_bwd(dy, dsum, s, weight, bias, ctx.eps, weight_grad, bias_grad)
+    dx, dweight, dbias = _layer_norm_bwd(dy, dsum, s, weight, bias, ctx.eps, weight_grad, bias_grad)
     return dx, dx, dweight if weight_grad else None, dbias if bias_grad else None, None
 
 
-torch.library.register_autograd("genai_kernels::layer_norm", _backward, setup_context=_save)
-torch.library.register_autograd("genai_kernels::add_layer_norm", _backward_sum, setup_context=_save_sum)
-torch.library.register_autograd("genai_kernels::layer_norm_bwd", raise_double_backward("layer_norm"))
+autograd("layer_norm", _save, _backward)
+autograd("add_layer_norm", _save_sum, _backward_sum)
+no_double_backward("layer_norm_bwd", "layer_norm")

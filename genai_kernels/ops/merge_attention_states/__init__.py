@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Make, Sample, fake, kernel, op, raise_double_backward
+from ...registry import Accuracy, Make, Sample, autograd, fake, kernel, no_double_backward, op
 
 __all__ = ["merge_attention_states"]
 
-_ops = torch.ops.genai_kernels
 _merge = kernel("merge_attention_states")
+_merge_attention_states_bwd = kernel("merge_attention_states_bwd")
 _INFINITY = float("inf")
 
 
@@ -157,10 +157,8 @@ def _backward(ctx, d_o, dlse):
     states = ctx.saved_tensors
     if d_o is None:
         d_o = states[0].new_zeros(()).expand(states[0].shape)
-    return _ops.merge_attention_states_bwd(d_o, dlse, *states)
+    return _merge_attention_states_bwd(d_o, dlse, *states)
 
 
-torch.library.register_autograd("genai_kernels::merge_attention_states", _backward, setup_context=_save)
-torch.library.register_autograd(
-    "genai_kernels::merge_attention_states_bwd", raise_double_backward("merge_attention_states")
-)
+autograd("merge_attention_states", _save, _backward)
+no_double_backward("merge_attention_states_bwd", "merge_attention_states")

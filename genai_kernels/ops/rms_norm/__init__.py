@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Sample, fake, kernel, op, raise_double_backward
+from ...registry import Accuracy, Sample, autograd, fake, kernel, no_double_backward, op
 
 __all__ = ["rms_norm"]
 
-_ops = torch.ops.genai_kernels
 _rms_norm = kernel("rms_norm")
 _rms_norm_out = kernel("rms_norm_out")
+_rms_norm_bwd = kernel("rms_norm_bwd")
 
 
 def rms_norm_reference(
@@ -120,9 +120,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad[1]
-    dx, dweight = _ops.rms_norm_bwd(dy, x, weight, ctx.eps, wanted)
+    dx, dweight = _rms_norm_bwd(dy, x, weight, ctx.eps, wanted)
     return dx, dweight if wanted else None, None
 
 
-torch.library.register_autograd("genai_kernels::rms_norm", _backward, setup_context=_save)
-torch.library.register_autograd("genai_kernels::rms_norm_bwd", raise_double_backward("rms_norm"))
+autograd("rms_norm", _save, _backward)
+no_double_backward("rms_norm_bwd", "rms_norm")

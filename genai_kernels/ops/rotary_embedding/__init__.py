@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Make, Sample, fake, kernel, op
+from ...registry import Accuracy, Make, Sample, autograd, fake, kernel, op
 
 __all__ = ["rotary_embedding"]
 
@@ -180,4 +180,4 @@ def _backward(ctx, dy):
     return dx, dcos, dsin, None, None, None
 
 
-torch.library.register_autograd("genai_kernels::rotary_embedding", _backward, setup_context=_save)
+autograd("rotary_embedding", _save, _backward)
