@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from ...registry import autograd, direct, fake, kernel, no_double_backward, op
+from ...registry import op
+from ...torch_ops import autograd, direct, fake, kernel, no_double_backward
 from . import samples
 from .reference import flash_attention_reference, flash_attention_varlen_reference
 

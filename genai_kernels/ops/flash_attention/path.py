@@ -40,7 +40,8 @@ def path(
     else:
         said.append("keys outside the window of each sequence are skipped in whole groups")
     scale = o.get("softmax_scale")
-    extra = [name for name in ("softcap", "alibi_slopes", "attn_bias", "attn_mask") if o.get(name) not in (None, 0.0)]
+    extra = ["softcap"] if o.get("softcap") else []
+    extra += [name for name in ("alibi_slopes", "attn_bias", "attn_mask") if o.get(name) is not None]
     extra += ["softmax_scale <= 0"] if scale is not None and scale <= 0 else []
     said.append(f"a pass over the scores for {', '.join(extra)}" if extra else "softmax straight on the products")
     if o.get("dropout_p"):

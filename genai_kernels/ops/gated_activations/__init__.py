@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ...registry import Accuracy, Sample, autograd, fake, kernel, no_double_backward, op
+from ...registry import Accuracy, Sample, op
+from ...torch_ops import autograd, fake, kernel, no_double_backward
 
 __all__ = ["gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]
 

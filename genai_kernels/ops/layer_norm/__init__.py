@@ -6,7 +6,8 @@ from typing import overload
 
 import torch
 
-from ...registry import Sample, autograd, fake, kernel, no_double_backward, op
+from ...registry import Sample, op
+from ...torch_ops import autograd, fake, kernel, no_double_backward
 
 __all__ = ["layer_norm"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Accuracy, Make, Sample, autograd, fake, kernel, op
+from ...registry import Accuracy, Make, Sample, op
+from ...torch_ops import autograd, fake, kernel
 
 __all__ = ["rotary_embedding"]
 

@@ -1,0 +1,147 @@
+"""How a room calls its torch ops: past the dispatcher where it adds nothing, with their gradients and shapes.
+
+The torch ops `genai_kernels::<name>` are defined in csrc/ops. `kernel(name)` calls one; the others complete it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """The function of `_C` that runs a kernel without the dispatcher: it returns NotImplemented, having done nothing,
+    where the dispatcher is needed (csrc/host/direct_call.h), as it always is with a torch that cannot do without.
+    """
+    from . import _C  # type: ignore[attr-defined]  # not there where only `doctor` runs
+
+    return getattr(_C, name, lambda *args: NotImplemented)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class _Function(NamedTuple):
+    """A torch op with a gradient as functions of the autograd engine: run and recorded by `apply`."""
+
+    plain: type[torch.autograd.Function]
+    transformed: type[torch.autograd.Function]  # what torch.func can differentiate; slower
+
+
+_functions: dict[str, _Function] = {}
+
+
+def _records_plainly(args: tuple[Any, ...]) -> bool:
+    """True if nothing but the autograd engine has to know of a call."""
+    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    return (
+        torch.is_grad_enabled()
+        and any(t.requires_grad for t in tensors)
+        and all(type(t) in _PLAIN and t.device.type == "cpu" for t in tensors)
+        and direct("thread_is_plain")() is True
+    )
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """An error, where the dispatcher would drop the tangents of forward-mode differentiation without a word."""
+    for t in args:
+        if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                f"genai_kernels.{name}: forward-mode differentiation is not implemented; "
+                f'use genai_kernels.use_backend("reference") for it'
+            )
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The torch op `name`, called without the dispatcher wherever that makes no difference but in time."""
+    dispatched = getattr(torch.ops.genai_kernels, name).default  # without the search for an overload
+    straight = direct(name)
+
+    def call(*args: Any) -> Any:
+        if is_dynamo_compiling():
+            return dispatched(*args)
+        result = straight(*args)
+        if result is not NotImplemented:
+            return result
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+        if name in _functions:
+            if torch._C._are_functorch_transforms_active():
+                return _functions[name].transformed.apply(*args)
+            if _records_plainly(args):
+                return _functions[name].plain.apply(*args)
+        return dispatched(*args)
+
+    return call
+
+
+def autograd(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Gives a torch op its gradient: `save(ctx, inputs, output)` after forward, `backward(ctx, *gradients)`.
+
+    With the dispatcher, and as a function of the autograd engine's own for `kernel`, at a quarter of the cost.
+    """
+    torch.library.register_autograd(f"genai_kernels::{name}", backward, setup_context=save)
+    run = kernel(name)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = run(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    def function(**members: Callable[..., Any]) -> Any:
+        return type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in members.items()})
+
+    _functions[name] = _Function(
+        function(forward=forward, backward=backward), function(forward=run, setup_context=save, backward=backward)
+    )
+
+
+def fake(name: str) -> Callable[[F], F]:
+    """Registers the shape function of a torch op, which meta tensors and `torch.compile` call instead of a kernel.
+
+    It also answers where any tensor of a call is a meta tensor, so it refuses a mix of devices: the others would get
+    memory that nothing was written to.
+    """
+    overload = getattr(torch.ops.genai_kernels, name).default
+    names = [argument.name for argument in overload._schema.arguments]
+    public = name.removesuffix("_out").removesuffix("_bwd")
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*args: Any) -> Any:
+            first = None
+            for argument, value in zip(names, args, strict=False):
+                if not isinstance(value, torch.Tensor) or argument == "rng_state":  # which lies on the CPU always
+                    continue
+                if first is None:
+                    first = argument, value.device
+                elif value.device != first[1]:
+                    raise ValueError(
+                        f"genai_kernels.{public}: {argument}: expected device {first[1]} as {first[0]}, "
+                        f"got {value.device}"
+                    )
+            return function(*args)
+
+        torch.library.register_fake(f"genai_kernels::{name}")(checked)
+        return function
+
+    return decorate
+
+
+def no_double_backward(name: str, public: str) -> None:
+    """Gives the backward op `name` a gradient that is a sentence, instead of a silently wrong or missing one."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"genai_kernels.{public}: double backward is not implemented; "
+            f'use genai_kernels.use_backend("reference") for higher-order gradients'
+        )
+
+    autograd(name, lambda ctx, inputs, output: None, backward)
