@@ -28,7 +28,7 @@ dev: library-dev  ## an environment to work in
 test: library-dev  ## the test suite
 	$(PY) -m pytest --ignore=tests/packaging -m "not slow" $(if $(OP),--op=$(OP)) $(ARGS)
 
-exhaustive: library-dev  ## every non-positive float through exp, on every instruction set: the better part of an hour
+exhaustive: library-dev  ## every non-positive float through exp, on every instruction set: a few minutes
 	$(PY) -m pytest -m slow tests/ops $(ARGS)
 
 packaging: venv-dev  ## the wheel, the sdist and the editable install, built and tried in environments of their own

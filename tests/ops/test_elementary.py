@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def exp_check(tmp_path_factory):
     program = tmp_path_factory.mktemp("exp_check") / "exp_check"
     sources = ["tests/kernels/exp_check.cpp", "csrc/cpu/isa.cpp"]
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-Icsrc"]
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread", "-Icsrc"]
     subprocess.run(["g++", *flags, *sources, "-o", str(program)], cwd=ROOT, check=True)
     return program
 
