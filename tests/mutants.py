@@ -1,6 +1,6 @@
 """Applies the planted faults of mutant_catalogue.py one by one and reports the share that the tests catch.
 
-Usage: python -m tests.mutants [--op OP] [--only TEXT] [--report FILE]
+Usage: python -m tests.mutants [--op OP] [--only TEXT] [--jobs N] [--report FILE]
 
 Each fault is planted in a copy of csrc; only the files it concerns are compiled again, for the baseline instruction set
 alone, and linked with the objects of the last in-place build. What decides are the accuracy rule over the op's samples
@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -105,13 +107,13 @@ class Workshop:
 
     def run(self, *arguments: str) -> str:
         """Empty if a program accepts the library; otherwise what it said, or the signal that ended it."""
-        env = {**os.environ, "GENAI_KERNELS_ISA": "baseline", "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "2"}
+        env = {**os.environ, "GENAI_KERNELS_ISA": "baseline", "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
         try:
             result = subprocess.run(
-                [sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=self.folder, timeout=300
+                [sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=self.folder, timeout=600
             )
         except subprocess.TimeoutExpired:
-            return "no end after 300 s"
+            return "no end after 600 s"
         if result.returncode == 0:
             return ""
         said = [line for line in result.stdout.splitlines() if line.strip() and not line.startswith(("!", "="))]
@@ -141,23 +143,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op")
     parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="faults at a time")
     parser.add_argument("--report", help="also write the table to this file")
     arguments = parser.parse_args()
     chosen = [m for m in MUTANTS if arguments.op in (None, m.op) and arguments.only in m.name]
     rows, survived = [], 0
-    with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop(Path(folder))
-        workshop.build(tuple(sorted({u for m in chosen for u in m.units})))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        idle: SimpleQueue[Workshop] = SimpleQueue()
+        for i in range(arguments.jobs):
+            idle.put(Workshop(Path(folder) / str(i)))
+        first = idle.get()
+        first.build(tuple(sorted({u for m in chosen for u in m.units})))
         for op in sorted({m.op for m in chosen}):
-            if complaint := workshop.judge(op):
+            if complaint := first.judge(op):
                 raise SystemExit(f"the sources as they are fail: {op}: {complaint}")
-        for mutant in chosen:
-            began = time.monotonic()
-            by = workshop.caught(mutant)
+        idle.put(first)
+
+        def judged(mutant: Mutant) -> tuple[str, float]:
+            workshop, began = idle.get(), time.monotonic()
+            try:
+                return workshop.caught(mutant), time.monotonic() - began
+            finally:
+                idle.put(workshop)
+
+        for mutant, (by, seconds) in zip(chosen, pool.map(judged, chosen), strict=True):
             survived += not by
             row = f"| {mutant.op} | {mutant.name} | {by[:90].replace('|', '/') if by else '**survived**'} |"
             rows.append(row)
-            print(f"{row} {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{row} {seconds:.0f} s", flush=True)
     caught = len(chosen) - survived
     verdict = f"{caught} of {len(chosen)} planted faults caught: {100 * caught / max(1, len(chosen)):.1f} %"
     print(verdict)
