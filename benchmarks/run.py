@@ -3,8 +3,8 @@
     python -m benchmarks.run                    everything: ours, eager, peers, torch.compile, both passes
     python -m benchmarks.run --quick            the smallest case of each op, two points of each curve; writes nothing
                                                 unless --out says where
-    python -m benchmarks.run --op rms_norm      one op, or with --case some cases: they replace their like in an existing
-                                                result of this machine
+    python -m benchmarks.run --op rms_norm      one op, or with --case some cases: they replace their like in a result
+                                                that this machine gave before
 
 Every result is checked against float64 before it is timed (genai_kernels/cli/check.py). Run it on an idle machine.
 """
