@@ -56,8 +56,8 @@ struct DotBf16 {
 };
 #endif
 
-// c = a * b over `depth` words, in two chains, or in one where a tile needs all registers. Element (row, k) of A is a[row * row_stride + k * depth_stride]; row k of B begins at
-// b + k * b_stride.
+// c = a * b over `depth` words, in two chains, or in one where a tile needs all registers. Element (row, k) of A is
+// a[row * row_stride + k * depth_stride]; row k of B begins at b + k * b_stride.
 template <class P, int Chains = 2, int Rows, int Vectors>
 GK_INLINE void multiply(Vec<typename P::Compute> (&c)[Rows][Vectors], const typename P::Word* a, int64_t row_stride,
                         int64_t depth_stride, const typename P::Word* b, int64_t b_stride, int64_t depth) {
