@@ -59,11 +59,15 @@ def test_layout_does_not_change_bits(call):
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 127, 129, 130, 515, 2049, 4099])
 @each_norm
 def test_every_tail(call, n):
-    x, w, b = inputs(5, n, torch.float32)
-    (y, *_), _ = gradients(call, x, w, b)
-    with gk.use_backend("reference"):
-        eager, exact = call(x, w, b)[0], call(x.double(), w.double(), b.double())[0]
-    assert compare("y", y.detach(), eager, exact, 1.0, 1.0).ok
+    ours, eager, exact = [], [], []
+    for _ in range(8):  # judged together, as genai_kernels.accuracy says
+        x, w, b = inputs(5, n, torch.float32)
+        ours.append(call(x, w, b)[0].flatten())
+        with gk.use_backend("reference"):
+            eager.append(call(x, w, b)[0].flatten())
+            exact.append(call(x.double(), w.double(), b.double())[0].flatten())
+    verdict = compare("y", torch.cat(ours), torch.cat(eager), torch.cat(exact), 1.0, 1.0, draws=8)
+    assert verdict.ok, verdict.complaint
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
