@@ -1,6 +1,7 @@
 """One extension on the LibTorch stable ABI: a cp310-abi3 library that every torch >= 2.10 can load.
 
 Everything but the compilation is in pyproject.toml. Build-time environment:
+  GENAI_KERNELS_CUDA=0|1  leave the CUDA kernels out; make a missing nvcc an error; the default is auto
   GENAI_KERNELS_DEBUG=1   -O1 -g, assertions
   MAX_JOBS=n              compile n files at a time; the default is the number of cores, one for each 2 GB of memory
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
 TARGET_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10: the oldest torch the binary may meet at run time
 
 
@@ -64,7 +66,15 @@ def extension_arguments() -> dict:
         # libtorch_cuda.so. These come after torch's own -ltorch, hence its repetition.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-s"],
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
+
+    class Build(BuildExtension.with_options(use_ninja=True)):
+        def build_extensions(self):
+            import cuda
+
+            cuda.add_to(extension, ROOT, ROOT / self.build_temp)
+            super().build_extensions()
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 setup(options={"bdist_wheel": {"py_limited_api": "cp310"}}, **extension_arguments())

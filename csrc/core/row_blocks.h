@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace genai_kernels {
 
 // Rows of a block that are read together: their terms meet in registers before they go to the sums in memory.
@@ -19,9 +21,9 @@ struct RowBlocks {
     if (part > size) size = part;
     size = (size + kRowGroup - 1) / kRowGroup * kRowGroup;
   }
-  int64_t count() const { return (rows + size - 1) / size; }
-  int64_t begin(int64_t block) const { return block * size; }
-  int64_t end(int64_t block) const { return begin(block) + size < rows ? begin(block) + size : rows; }
+  GK_HOST_DEVICE int64_t count() const { return (rows + size - 1) / size; }
+  GK_HOST_DEVICE int64_t begin(int64_t block) const { return block * size; }
+  GK_HOST_DEVICE int64_t end(int64_t block) const { return begin(block) + size < rows ? begin(block) + size : rows; }
 };
 
 }  // namespace genai_kernels

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/host_device.h"
 
 namespace genai_kernels {
 
@@ -18,7 +19,7 @@ struct Rows {
   int64_t size[kMaxDims], stride[kMaxDims];  // outermost first
 
   // Where row r begins, in elements from data.
-  int64_t offset(int64_t r) const {
+  GK_HOST_DEVICE int64_t offset(int64_t r) const {
     if (dims <= 1) return dims ? r * stride[0] : 0;
     int64_t at = 0;
     for (int d = dims - 1; d >= 0; --d) {
@@ -42,7 +43,7 @@ struct Rows {
     return true;
   }
   template <class T>
-  T* row(int64_t r) const {
+  GK_HOST_DEVICE T* row(int64_t r) const {
     return static_cast<T*>(data) + offset(r);
   }
 };

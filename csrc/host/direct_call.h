@@ -2,8 +2,8 @@
 //
 //     Tensor host(const TensorRef& x, const OptionalTensor& weight, double eps)
 //
-// it is registered with the dispatcher by GK_DISPATCHED(host), and by GK_DIRECT(name, host) as the Python function
-// `genai_kernels._C.<name>`, which takes the same arguments and costs a third: no schema, no boxing, no dispatch keys. A
+// and registered by GK_OP(name, host, "schema"), it is the op `genai_kernels::<name>` of the dispatcher, and the Python
+// function `genai_kernels._C.<name>`, which takes the same arguments and costs a third: no schema, no boxing, no keys. A
 // direct call returns NotImplemented, and has done nothing, wherever the dispatcher has something to add: gradients,
 // tensor subclasses, modes, transforms, tracing, profiling, other devices. The caller then goes through torch.ops.
 #pragma once
@@ -171,6 +171,21 @@ struct Function {
 };
 #define GK_DIRECT(name, host) \
   static ::genai_kernels::direct::Function direct_##name(#name, ::genai_kernels::direct::Call<&host>::call);
+
+// `schema` without the name. With CUDA in the build the same host function serves the CUDA tensors of
+// `genai_kernels_cuda::<name>`, which genai_kernels/backends.py chooses, or does not, for a call of the first.
+#define GK_OP(name, host, schema)                                                                \
+  STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) { m.def(#name schema); }                       \
+  STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) { m.impl(#name, GK_DISPATCHED(host)); }       \
+  GK_CUDA_OP(name, host, schema)                                                                 \
+  GK_DIRECT(name, host)
+#ifdef GENAI_KERNELS_CUDA
+#define GK_CUDA_OP(name, host, schema)                                          \
+  STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels_cuda, m) { m.def(#name schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(genai_kernels_cuda, CUDA, m) { m.impl(#name, GK_DISPATCHED(host)); }
+#else
+#define GK_CUDA_OP(name, host, schema)
+#endif
 
 // Adds the functions to _C, unless this torch lacks what they need.
 void add_functions(PyObject* module);

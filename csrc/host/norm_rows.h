@@ -3,6 +3,7 @@
 #include "core/norm_rows.h"
 #include "host/alloc.h"
 #include "host/check.h"
+#include "host/gpu.h"
 #include "host/parallel.h"
 #include "host/rows.h"
 #include "host/scratch.h"
@@ -42,9 +43,10 @@ inline void check_norm_output(const char* op, const char* name, const TensorRef&
   if (bias) check_no_overlap(op, name, out, "bias", *bias);
 }
 
-template <class Kernel>
-void run_norm_forward(const NormParams& p, Kernel kernel) {
+template <class Kernel, class Launcher>
+void run_norm_forward(const char* op, const NormParams& p, const TensorRef& x, Kernel kernel, Launcher launch) {
   if (p.x.count == 0 || p.x.length == 0) return;
+  if (on_gpu(x)) return run_on_gpu(op, x, [&](cudaStream_t stream) { return launch(p, stream); });
   parallel_for_elements(p.x.count, p.x.length, [&](int64_t begin, int64_t end) {
     const Scratch scratch(p.x.length * kNormForwardScratchRows * compute_bytes(p.dtype));
     kernel(p, begin, end, scratch.get());
@@ -52,9 +54,9 @@ void run_norm_forward(const NormParams& p, Kernel kernel) {
 }
 
 // dx, and dw and db (null: not wanted; otherwise [length]).
-template <class Kernel>
+template <class Kernel, class Launcher>
 void run_norm_backward(const char* op, NormParams& p, const TensorRef& dy, const TensorRef& x, const TensorRef& dx,
-                       const Tensor* dw, const Tensor* db, Kernel kernel) {
+                       const Tensor* dw, const Tensor* db, Kernel kernel, Launcher launch) {
   check_same_dtype(op, "dy", dy, "x", x);
   check_same_shape(op, "dy", dy, "x", x);
   p.dy = read_rows(op, "dy", dy);
@@ -68,6 +70,20 @@ void run_norm_backward(const char* op, NormParams& p, const TensorRef& dy, const
     return;
   }
   const RowBlocks blocks(p.x.count);
+  if (on_gpu(x)) {
+    Tensor dw_partial, db_partial;
+    const auto partial = [&](const Tensor* wanted, Tensor& sums) -> double* {
+      if (!wanted) return nullptr;
+      sums = new_empty(x, {blocks.count(), p.x.length}, ScalarType::Double);
+      return static_cast<double*>(sums.mutable_data_ptr());
+    };
+    p.dw_partial = partial(dw, dw_partial);
+    p.db_partial = partial(db, db_partial);
+    run_on_gpu(op, x, [&](cudaStream_t stream) { return launch(p, blocks, stream); });
+    if (dw) sum_blocks(float_dtype(op, "weight", *dw), dw_partial, *dw);
+    if (db) sum_blocks(float_dtype(op, "bias", *db), db_partial, *db);
+    return;
+  }
   const int64_t wanted = (dw ? 1 : 0) + (db ? 1 : 0), size = blocks.count() * p.x.length;
   const Scratch sums(wanted * size * int64_t(sizeof(double)));
   double* next = static_cast<double*>(sums.get());

@@ -1,7 +1,9 @@
 // The last step of a reduction over rows: partial sums to a tensor.
 #pragma once
 #include "cpu/sum_blocks.h"
+#include "cuda/sum_blocks.h"
 #include "host/check.h"
+#include "host/gpu.h"
 #include "host/parallel.h"
 
 namespace genai_kernels {
@@ -12,6 +14,10 @@ inline void sum_blocks(Dtype dtype, const TensorRef& partial, const TensorRef& o
   const bool in_double = partial.scalar_type() == ScalarType::Double;
   const void* data = partial.data();
   void* sums = out.data();
+  if (on_gpu(out))
+    return run_on_gpu("sum_blocks", out, [&](cudaStream_t stream) {
+      return n ? launch_sum_blocks(in_double, data, blocks, n, dtype, sums, stream) : cudaError_t{};
+    });
   parallel_for_elements(n, blocks, [&](int64_t begin, int64_t end) {
     sum_blocks_kernel(in_double, data, blocks, n, dtype, sums, begin, end);
   });

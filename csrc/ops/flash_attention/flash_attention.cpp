@@ -396,20 +396,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(const Ten
   "Tensor? sink, Tensor? rng_state, int window_left, int window_right, float? softmax_scale, float softcap, " \
   "float dropout_p"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
-  m.def("flash_attention(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS
-        ") -> (Tensor out, Tensor lse, Tensor softmax_state)");
-  m.def(
-      "flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? "
-      "softmax_state, " GK_ATTENTION_OPTIONS
-      ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)");
-}
-STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("flash_attention", GK_DISPATCHED(genai_kernels::flash_attention));
-  m.impl("flash_attention_bwd", GK_DISPATCHED(genai_kernels::flash_attention_bwd));
-}
+GK_OP(flash_attention, genai_kernels::flash_attention,
+      "(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS ") -> (Tensor out, Tensor lse, Tensor softmax_state)")
+GK_OP(flash_attention_bwd, genai_kernels::flash_attention_bwd,
+      "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? softmax_state, "
+      GK_ATTENTION_OPTIONS ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
 GK_DIRECT(flash_attention_output, genai_kernels::flash_attention_output)
 GK_DIRECT(flash_attention_lse, genai_kernels::flash_attention_lse)
-GK_DIRECT(flash_attention, genai_kernels::flash_attention)
-GK_DIRECT(flash_attention_bwd, genai_kernels::flash_attention_bwd)

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> fused_add_rms_norm(const TensorRef& x, const TensorRe
   Tensor y = new_like(x), sum = new_like(x);
   p.y = write_rows(kOp, "out", y);
   p.sum = write_rows(kOp, "new_residual", sum);
-  run_norm_forward(p, fused_add_rms_norm_fwd_kernel);
+  run_norm_forward(kOp, p, x, fused_add_rms_norm_fwd_kernel, launch_fused_add_rms_norm_fwd);
   return {y, sum};
 }
 
@@ -31,7 +31,7 @@ void fused_add_rms_norm_out(const TensorRef& x, const TensorRef& residual, const
   check_no_overlap(kOp, "out[1]", out_residual, "out[0]", out);
   p.y = write_rows(kOp, "out[0]", out);
   p.sum = write_rows(kOp, "out[1]", out_residual);
-  run_norm_forward(p, fused_add_rms_norm_fwd_kernel);
+  run_norm_forward(kOp, p, x, fused_add_rms_norm_fwd_kernel, launch_fused_add_rms_norm_fwd);
 }
 
 // sum = x + residual. The gradient of x and of the residual is the same.
@@ -44,27 +44,13 @@ std::tuple<Tensor, Tensor> fused_add_rms_norm_bwd(const TensorRef& dy, const Opt
     p.dsum = read_rows(kOp, "dsum", *dsum);
   }
   Tensor dx = new_like(sum), dw = new_parameter_gradient(sum, weight, weight_grad);
-  run_norm_backward(kOp, p, dy, sum, dx, weight && weight_grad ? &dw : nullptr, nullptr, fused_add_rms_norm_bwd_kernel);
+  run_norm_backward(kOp, p, dy, sum, dx, weight && weight_grad ? &dw : nullptr, nullptr, fused_add_rms_norm_bwd_kernel, launch_fused_add_rms_norm_bwd);
   return {dx, dw};
 }
 
 }  // namespace
 }  // namespace genai_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
-  m.def("fused_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)");
-  m.def(
-      "fused_add_rms_norm_out(Tensor x, Tensor residual, Tensor? weight, float eps, Tensor(a!) out, "
-      "Tensor(b!) out_residual) -> ()");
-  m.def(
-      "fused_add_rms_norm_bwd(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, float eps, bool weight_grad) -> "
-      "(Tensor, Tensor)");
-}
-STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("fused_add_rms_norm", GK_DISPATCHED(genai_kernels::fused_add_rms_norm));
-  m.impl("fused_add_rms_norm_out", GK_DISPATCHED(genai_kernels::fused_add_rms_norm_out));
-  m.impl("fused_add_rms_norm_bwd", GK_DISPATCHED(genai_kernels::fused_add_rms_norm_bwd));
-}
-GK_DIRECT(fused_add_rms_norm, genai_kernels::fused_add_rms_norm)
-GK_DIRECT(fused_add_rms_norm_out, genai_kernels::fused_add_rms_norm_out)
-GK_DIRECT(fused_add_rms_norm_bwd, genai_kernels::fused_add_rms_norm_bwd)
+GK_OP(fused_add_rms_norm, genai_kernels::fused_add_rms_norm, "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)")
+GK_OP(fused_add_rms_norm_out, genai_kernels::fused_add_rms_norm_out, "(Tensor x, Tensor residual, Tensor? weight, float eps, Tensor(a!) out, Tensor(b!) out_residual) -> ()")
+GK_OP(fused_add_rms_norm_bwd, genai_kernels::fused_add_rms_norm_bwd, "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, float eps, bool weight_grad) -> (Tensor, Tensor)")

@@ -6,6 +6,7 @@
 #include "host/alloc.h"
 #include "host/check.h"
 #include "host/direct_call.h"
+#include "host/gpu.h"
 #include "host/parallel.h"
 #include "host/rows.h"
 #include "host/scratch.h"
@@ -45,8 +46,10 @@ int64_t scratch_bytes(const GatedActivationParams& p, bool strided) {
   return strided ? p.x.length * 3 * compute_bytes(p.dtype) : 0;
 }
 
-void forward(const GatedActivationParams& p) {
+void forward(const GatedActivationParams& p, const TensorRef& x) {
   if (p.x.count == 0 || p.x.length == 0) return;
+  if (on_gpu(x))
+    return run_on_gpu(kNames[int(p.gate)], x, [&](cudaStream_t s) { return launch_gated_activation_fwd(p, s); });
   const int64_t bytes = scratch_bytes(p, p.x.inner_stride != 1 || p.y.inner_stride != 1);
   parallel_for_elements(p.x.count, p.x.length, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
@@ -60,7 +63,7 @@ Tensor gated(const TensorRef& x) {
   const HalfShape half(x);
   Tensor y = new_empty(x, half.sizes, half.dim, x.scalar_type());
   p.y = write_rows(kNames[int(kGate)], "out", y);
-  forward(p);
+  forward(p, x);
   return y;
 }
 
@@ -73,7 +76,7 @@ void gated_out(const TensorRef& x, const Output& out) {
                  shape_of(out));
   check_no_overlap(op, "out", out, "x", x);
   p.y = write_rows(op, "out", out);
-  forward(p);
+  forward(p, x);
 }
 
 template <Gate kGate>
@@ -87,6 +90,10 @@ Tensor gated_bwd(const TensorRef& dy, const TensorRef& x) {
   p.dy = read_rows(op, "dy", dy);
   p.dx = write_rows(op, "dx", dx);
   if (p.x.count == 0 || p.x.length == 0) return dx;
+  if (on_gpu(x)) {
+    run_on_gpu(op, x, [&](cudaStream_t s) { return launch_gated_activation_bwd(p, s); });
+    return dx;
+  }
   const int64_t bytes = 2 * scratch_bytes(p, p.x.inner_stride != 1 || p.dy.inner_stride != 1);
   parallel_for_elements(p.x.count, p.x.length, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
@@ -98,34 +105,12 @@ Tensor gated_bwd(const TensorRef& dy, const TensorRef& x) {
 }  // namespace
 }  // namespace genai_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
-  m.def("silu_and_mul(Tensor x) -> Tensor");
-  m.def("silu_and_mul_out(Tensor x, Tensor(a!) out) -> ()");
-  m.def("silu_and_mul_bwd(Tensor dy, Tensor x) -> Tensor");
-  m.def("gelu_and_mul(Tensor x) -> Tensor");
-  m.def("gelu_and_mul_out(Tensor x, Tensor(a!) out) -> ()");
-  m.def("gelu_and_mul_bwd(Tensor dy, Tensor x) -> Tensor");
-  m.def("gelu_tanh_and_mul(Tensor x) -> Tensor");
-  m.def("gelu_tanh_and_mul_out(Tensor x, Tensor(a!) out) -> ()");
-  m.def("gelu_tanh_and_mul_bwd(Tensor dy, Tensor x) -> Tensor");
-}
-STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("silu_and_mul", GK_DISPATCHED(genai_kernels::gated<genai_kernels::Gate::silu>));
-  m.impl("silu_and_mul_out", GK_DISPATCHED(genai_kernels::gated_out<genai_kernels::Gate::silu>));
-  m.impl("silu_and_mul_bwd", GK_DISPATCHED(genai_kernels::gated_bwd<genai_kernels::Gate::silu>));
-  m.impl("gelu_and_mul", GK_DISPATCHED(genai_kernels::gated<genai_kernels::Gate::gelu>));
-  m.impl("gelu_and_mul_out", GK_DISPATCHED(genai_kernels::gated_out<genai_kernels::Gate::gelu>));
-  m.impl("gelu_and_mul_bwd", GK_DISPATCHED(genai_kernels::gated_bwd<genai_kernels::Gate::gelu>));
-  m.impl("gelu_tanh_and_mul", GK_DISPATCHED(genai_kernels::gated<genai_kernels::Gate::gelu_tanh>));
-  m.impl("gelu_tanh_and_mul_out", GK_DISPATCHED(genai_kernels::gated_out<genai_kernels::Gate::gelu_tanh>));
-  m.impl("gelu_tanh_and_mul_bwd", GK_DISPATCHED(genai_kernels::gated_bwd<genai_kernels::Gate::gelu_tanh>));
-}
-GK_DIRECT(silu_and_mul, genai_kernels::gated<genai_kernels::Gate::silu>)
-GK_DIRECT(gelu_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu>)
-GK_DIRECT(gelu_tanh_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu_tanh>)
-GK_DIRECT(silu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::silu>)
-GK_DIRECT(gelu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu>)
-GK_DIRECT(gelu_tanh_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu_tanh>)
-GK_DIRECT(silu_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::silu>)
-GK_DIRECT(gelu_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu>)
-GK_DIRECT(gelu_tanh_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu_tanh>)
+GK_OP(silu_and_mul, genai_kernels::gated<genai_kernels::Gate::silu>, "(Tensor x) -> Tensor")
+GK_OP(silu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::silu>, "(Tensor x, Tensor(a!) out) -> ()")
+GK_OP(silu_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::silu>, "(Tensor dy, Tensor x) -> Tensor")
+GK_OP(gelu_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu>, "(Tensor x) -> Tensor")
+GK_OP(gelu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu>, "(Tensor x, Tensor(a!) out) -> ()")
+GK_OP(gelu_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu>, "(Tensor dy, Tensor x) -> Tensor")
+GK_OP(gelu_tanh_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu_tanh>, "(Tensor x) -> Tensor")
+GK_OP(gelu_tanh_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu_tanh>, "(Tensor x, Tensor(a!) out) -> ()")
+GK_OP(gelu_tanh_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu_tanh>, "(Tensor dy, Tensor x) -> Tensor")

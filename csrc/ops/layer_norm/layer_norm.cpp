@@ -15,7 +15,7 @@ Tensor layer_norm(const TensorRef& x, const OptionalTensor& weight, const Option
   NormParams p = norm_params(kOp, x, weight, bias, eps);
   Tensor y = new_like(x);
   p.y = write_rows(kOp, "out", y);
-  run_norm_forward(p, layer_norm_fwd_kernel);
+  run_norm_forward(kOp, p, x, layer_norm_fwd_kernel, launch_layer_norm_fwd);
   return y;
 }
 
@@ -24,7 +24,7 @@ void layer_norm_out(const TensorRef& x, const OptionalTensor& weight, const Opti
   NormParams p = norm_params(kOp, x, weight, bias, eps);
   check_norm_output(kOp, "out", out, x, {}, weight, bias);
   p.y = write_rows(kOp, "out", out);
-  run_norm_forward(p, layer_norm_fwd_kernel);
+  run_norm_forward(kOp, p, x, layer_norm_fwd_kernel, launch_layer_norm_fwd);
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(const TensorRef& x, const TensorRef& residual, const OptionalTensor& weight,
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> add_layer_norm(const TensorRef& x, const TensorRef& r
   Tensor y = new_like(x), sum = new_like(x);
   p.y = write_rows(kOp, "out", y);
   p.sum = write_rows(kOp, "new_residual", sum);
-  run_norm_forward(p, layer_norm_fwd_kernel);
+  run_norm_forward(kOp, p, x, layer_norm_fwd_kernel, launch_layer_norm_fwd);
   return {y, sum};
 }
 
@@ -47,7 +47,7 @@ void add_layer_norm_out(const TensorRef& x, const TensorRef& residual, const Opt
   check_no_overlap(kOp, "out[1]", out_residual, "out[0]", out);
   p.y = write_rows(kOp, "out[0]", out);
   p.sum = write_rows(kOp, "out[1]", out_residual);
-  run_norm_forward(p, layer_norm_fwd_kernel);
+  run_norm_forward(kOp, p, x, layer_norm_fwd_kernel, launch_layer_norm_fwd);
 }
 
 // x is what was normalised, dsum the gradient of the sum where there was a residual.
@@ -63,33 +63,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const TensorRef& dy, const Opt
   Tensor dx = new_like(x), dw = new_parameter_gradient(x, weight, weight_grad),
          db = new_parameter_gradient(x, bias, bias_grad);
   run_norm_backward(kOp, p, dy, x, dx, weight && weight_grad ? &dw : nullptr, bias && bias_grad ? &db : nullptr,
-                    layer_norm_bwd_kernel);
+                    layer_norm_bwd_kernel, launch_layer_norm_bwd);
   return {dx, dw, db};
 }
 
 }  // namespace
 }  // namespace genai_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
-  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
-  m.def("layer_norm_out(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out) -> ()");
-  m.def("add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
-  m.def(
-      "add_layer_norm_out(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, "
-      "Tensor(b!) out_residual) -> ()");
-  m.def(
-      "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor? bias, float eps, bool weight_grad, "
-      "bool bias_grad) -> (Tensor, Tensor, Tensor)");
-}
-STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("layer_norm", GK_DISPATCHED(genai_kernels::layer_norm));
-  m.impl("layer_norm_out", GK_DISPATCHED(genai_kernels::layer_norm_out));
-  m.impl("add_layer_norm", GK_DISPATCHED(genai_kernels::add_layer_norm));
-  m.impl("add_layer_norm_out", GK_DISPATCHED(genai_kernels::add_layer_norm_out));
-  m.impl("layer_norm_bwd", GK_DISPATCHED(genai_kernels::layer_norm_bwd));
-}
-GK_DIRECT(layer_norm, genai_kernels::layer_norm)
-GK_DIRECT(add_layer_norm, genai_kernels::add_layer_norm)
-GK_DIRECT(layer_norm_out, genai_kernels::layer_norm_out)
-GK_DIRECT(add_layer_norm_out, genai_kernels::add_layer_norm_out)
-GK_DIRECT(layer_norm_bwd, genai_kernels::layer_norm_bwd)
+GK_OP(layer_norm, genai_kernels::layer_norm, "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
+GK_OP(layer_norm_out, genai_kernels::layer_norm_out, "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out) -> ()")
+GK_OP(add_layer_norm, genai_kernels::add_layer_norm, "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)")
+GK_OP(add_layer_norm_out, genai_kernels::add_layer_norm_out, "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, Tensor(b!) out_residual) -> ()")
+GK_OP(layer_norm_bwd, genai_kernels::layer_norm_bwd, "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor? bias, float eps, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)")

@@ -6,6 +6,7 @@
 #include "host/alloc.h"
 #include "host/check.h"
 #include "host/direct_call.h"
+#include "host/gpu.h"
 #include "host/parallel.h"
 #include "host/rows.h"
 #include "host/scratch.h"
@@ -76,7 +77,10 @@ std::tuple<Tensor, Tensor> merge_attention_states(const TensorRef& o_a, const Te
   p.o = write_rows(kOp, "o", o);
   p.lse = write_per_row(lse);
   const bool strided = p.o_a.inner_stride != 1 || p.o_b.inner_stride != 1;
-  for_rows(p, strided ? 2 : 0, merge_attention_states_fwd_kernel);
+  if (on_gpu(o_a))
+    run_on_gpu(kOp, o_a, [&](cudaStream_t stream) { return launch_merge_attention_states_fwd(p, stream); });
+  else
+    for_rows(p, strided ? 2 : 0, merge_attention_states_fwd_kernel);
   return {o, lse};
 }
 
@@ -97,22 +101,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_states_bwd(const Tens
   p.dlse_a = write_per_row(dlse_a);
   p.dlse_b = write_per_row(dlse_b);
   const bool strided = p.o_a.inner_stride != 1 || p.o_b.inner_stride != 1 || p.d_o.inner_stride != 1;
-  for_rows(p, strided ? 5 : 0, merge_attention_states_bwd_kernel);
+  if (on_gpu(o_a))
+    run_on_gpu(kOp, o_a, [&](cudaStream_t stream) { return launch_merge_attention_states_bwd(p, stream); });
+  else
+    for_rows(p, strided ? 5 : 0, merge_attention_states_bwd_kernel);
   return {d_o_a, dlse_a, d_o_b, dlse_b};
 }
 
 }  // namespace
 }  // namespace genai_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
-  m.def("merge_attention_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)");
-  m.def(
-      "merge_attention_states_bwd(Tensor d_o, Tensor? dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> "
-      "(Tensor d_o_a, Tensor dlse_a, Tensor d_o_b, Tensor dlse_b)");
-}
-STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("merge_attention_states", GK_DISPATCHED(genai_kernels::merge_attention_states));
-  m.impl("merge_attention_states_bwd", GK_DISPATCHED(genai_kernels::merge_attention_states_bwd));
-}
-GK_DIRECT(merge_attention_states, genai_kernels::merge_attention_states)
-GK_DIRECT(merge_attention_states_bwd, genai_kernels::merge_attention_states_bwd)
+GK_OP(merge_attention_states, genai_kernels::merge_attention_states, "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)")
+GK_OP(merge_attention_states_bwd, genai_kernels::merge_attention_states_bwd, "(Tensor d_o, Tensor? dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor d_o_a, Tensor dlse_a, Tensor d_o_b, Tensor dlse_b)")

@@ -2,6 +2,7 @@
 // [batch, tokens, heads], the order of o.
 #pragma once
 #include "core/dtype.h"
+#include "core/launcher.h"
 #include "core/rows.h"
 
 namespace genai_kernels {
@@ -25,5 +26,7 @@ struct MergeAttentionStatesParams {
 // Rows [begin, end). `scratch` holds two rows forward and five backward where a row is strided.
 void merge_attention_states_fwd_kernel(const MergeAttentionStatesParams& p, int64_t begin, int64_t end, void* scratch);
 void merge_attention_states_bwd_kernel(const MergeAttentionStatesParams& p, int64_t begin, int64_t end, void* scratch);
+cudaError_t launch_merge_attention_states_fwd(const MergeAttentionStatesParams& p, cudaStream_t stream);
+cudaError_t launch_merge_attention_states_bwd(const MergeAttentionStatesParams& p, cudaStream_t stream);
 
 }  // namespace genai_kernels

@@ -7,6 +7,7 @@
 #include "host/alloc.h"
 #include "host/check.h"
 #include "host/direct_call.h"
+#include "host/gpu.h"
 #include "host/parallel.h"
 #include "host/rows.h"
 #include "host/scratch.h"
@@ -88,6 +89,7 @@ void run(RotaryParams& p, const TensorRef& y) {
   p.y = rows_of(kOp, "out", y, y.data(), 2);
   p.y_head_stride = y.stride(y.dim() - 2);
   if (p.x.count == 0 || p.heads == 0 || p.head_dim == 0) return;
+  if (on_gpu(y)) return run_on_gpu(kOp, y, [&](cudaStream_t stream) { return launch_rotary_fwd(p, stream); });
   parallel_for_elements(p.x.count, p.heads * p.head_dim, [&](int64_t begin, int64_t end) {
     const Scratch scratch((2 * p.rotary_dim + p.head_dim) * compute_bytes(p.dtype));
     rotary_fwd_kernel(p, begin, end, scratch.get());
@@ -114,17 +116,5 @@ void rotary_embedding_out(const TensorRef& x, const TensorRef& cos, const Tensor
 }  // namespace
 }  // namespace genai_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
-  m.def(
-      "rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> "
-      "Tensor");
-  m.def(
-      "rotary_embedding_out(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, "
-      "Tensor(a!) out) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) {
-  m.impl("rotary_embedding", GK_DISPATCHED(genai_kernels::rotary_embedding));
-  m.impl("rotary_embedding_out", GK_DISPATCHED(genai_kernels::rotary_embedding_out));
-}
-GK_DIRECT(rotary_embedding, genai_kernels::rotary_embedding)
-GK_DIRECT(rotary_embedding_out, genai_kernels::rotary_embedding_out)
+GK_OP(rotary_embedding, genai_kernels::rotary_embedding, "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor")
+GK_OP(rotary_embedding_out, genai_kernels::rotary_embedding_out, "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) out) -> ()")

@@ -1,6 +1,7 @@
 // What the host of rotary_embedding hands to its kernel.
 #pragma once
 #include "core/dtype.h"
+#include "core/launcher.h"
 #include "core/rows.h"
 
 namespace genai_kernels {
@@ -18,5 +19,6 @@ struct RotaryParams {
 
 // Tokens [begin, end); scratch for 2 rotary_dim + head_dim elements of the compute type.
 void rotary_fwd_kernel(const RotaryParams& p, int64_t begin, int64_t end, void* scratch);
+cudaError_t launch_rotary_fwd(const RotaryParams& p, cudaStream_t stream);
 
 }  // namespace genai_kernels
