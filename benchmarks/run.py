@@ -3,7 +3,8 @@
     python -m benchmarks.run                    everything: ours, eager, peers, torch.compile, both passes
     python -m benchmarks.run --quick            the smallest case of each op, two points of each curve; writes nothing
                                                 unless --out says where
-    python -m benchmarks.run --op rms_norm      one op; its cases replace those in an existing result of this machine
+    python -m benchmarks.run --op rms_norm      one op, or with --case some cases: they replace their like in a result
+                                                that this machine gave before
 
 Every result is checked against float64 before it is timed (genai_kernels/cli/check.py). Run it on an idle machine.
 """
@@ -46,8 +47,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def merged(new: dict[str, Any], path: Path, ops: set[str]) -> dict[str, Any]:
-    """`new` with the cases of other ops from the document at `path`, if that is of the same machine and software."""
+def _key(case: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(case.get(name) for name in ("op", "sample", "dtype", "pass", "threads", "mode"))
+
+
+def merged(new: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`new` with the other cases of the document at `path`, if that is of the same machine and software."""
     try:
         old = load(path)
     except ValueError:
@@ -55,7 +60,8 @@ def merged(new: dict[str, Any], path: Path, ops: set[str]) -> dict[str, Any]:
     if old["machine"]["id"] != new["machine"]["id"]:
         return new
     for key in ("cases", "overhead"):
-        kept = [case for case in old.get(key, []) if case["op"] not in ops]
+        measured = {_key(case) for case in new[key]}
+        kept = [case for case in old.get(key, []) if _key(case) not in measured]
         new[key] = sorted(kept + new[key], key=lambda case: case["op"])
     new["curves"] = new["curves"] or old.get("curves", [])
     return new
@@ -85,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     warn_if_noisy(cases, load_before)
     out = arguments.out or (None if quick else RESULTS / f"{file_name()}.json")
     if out is not None:
-        if arguments.op:
-            found = merged(found, out, {op.name for op in ops})
+        if arguments.op or arguments.case:
+            found = merged(found, out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
         say(f"written: {out}; now `python -m benchmarks.report` brings README and the pictures up to date")

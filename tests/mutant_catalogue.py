@@ -18,6 +18,7 @@ class Mutant:
 
 ATTENTION = "csrc/ops/flash_attention/"
 FORWARD, BACKWARD = ATTENTION + "flash_attention_cpu.cpp", ATTENTION + "flash_attention_bwd_cpu.cpp"
+DELTA = ATTENTION + "flash_attention_delta_cpu.cpp"
 TILE, HOST = ATTENTION + "tile.h", ATTENTION + "flash_attention.cpp"
 
 
@@ -116,7 +117,6 @@ MUTANTS = [
         "flash_attention",
         BACKWARD,
         ("delta left out", "(gradient - load(scratch.delta + j * kStep))", "gradient"),
-        ("dlse added", "sum -= reinterpret_cast<const C*>(p.dlse)", "sum += reinterpret_cast<const C*>(p.dlse)"),
         ("NaN select removed", "score == hidden ? Vec<C>{} : gradient", "gradient"),
         ("dv without dropout", "kept = probability * by;", "kept = probability;"),
         ("dp without dropout", "gradient = gradient * by;", ""),
@@ -131,17 +131,25 @@ MUTANTS = [
         ),
         ("dbias of the first sequence for all", "batch * p.dbias.batch", "0 * p.dbias.batch"),
         ("dbias overwritten, not summed", "to[i * p.dbias.key] +=", "to[i * p.dbias.key] ="),
+        ("dK and dV never flushed", "row / kFlushRows<C> != flushed", "false"),
+        ("the last flush forgotten", "if (!want_keys) continue; flush_all();", "if (!want_keys) continue;"),
+    ),
+    *planted(
+        "flash_attention",
+        DELTA,
+        ("dlse added", "sum -= reinterpret_cast<const C*>(p.dlse)", "sum += reinterpret_cast<const C*>(p.dlse)"),
+        ("dsink of the other sign", "dsink -= sink_probability", "dsink += sink_probability"),
         (
             "sink of rows without keys",
             "if (row.max == -kInfinity<C>) return 1;",
             "if (row.max == -kInfinity<C>) return 0;",
         ),
-        ("dsink of the other sign", "dsink -= sink_probability", "dsink += sink_probability"),
         (
-            "delta of the first dims",
-            "d < min_of(p.value_dim, fold + kFold); ++d",
-            "d + 1 < min_of(p.value_dim, fold + kFold); ++d",
+            "delta without the last dims",
+            "for (; d < p.value_dim; ++d) sum += double",
+            "for (; d + 1 < p.value_dim; ++d) sum += double",
         ),
+        ("delta of half a register", "for (int h = 0; h < 2; ++h)", "for (int h = 0; h < 1; ++h)"),
     ),
     *planted(
         "flash_attention",

@@ -107,7 +107,13 @@ class Workshop:
 
     def run(self, *arguments: str) -> str:
         """Empty if a program accepts the library; otherwise what it said, or the signal that ended it."""
-        env = {**os.environ, "GENAI_KERNELS_ISA": "baseline", "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+        env = {
+            **os.environ,
+            "GENAI_KERNELS_ISA": "baseline",
+            "PYTHONPATH": str(self.folder),
+            "OMP_NUM_THREADS": "2",
+            "OMP_WAIT_POLICY": "passive",
+        }
         try:
             result = subprocess.run(
                 [sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=self.folder, timeout=600

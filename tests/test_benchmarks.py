@@ -38,18 +38,18 @@ def test_a_run_writes_what_the_report_reads(short_run, tmp_path):
     assert (tmp_path / "r.html").read_text().count("data:image/png") == len(images) > 0
 
 
-def test_one_op_replaces_its_cases_only(short_run, tmp_path):
+def test_cases_replace_their_like_only(short_run, tmp_path):
     found = load(short_run)
     other = json.loads(json.dumps(found))
     for case in other["cases"] + other["overhead"]:
         case["op"] = "another"
     path = tmp_path / "old.json"
     path.write_text(json.dumps(other))
-    both = run.merged(json.loads(json.dumps(found)), path, {"rms_norm"})
+    both = run.merged(json.loads(json.dumps(found)), path)
     assert [case["op"] for case in both["cases"]] == ["another"] * 2 + ["rms_norm"] * 2
     other["machine"]["id"] = "another machine"
     path.write_text(json.dumps(other))
-    assert len(run.merged(found, path, {"rms_norm"})["cases"]) == 2
+    assert len(run.merged(found, path)["cases"]) == 2
 
 
 def test_readme_without_markers_is_refused():

@@ -56,13 +56,13 @@ struct DotBf16 {
 };
 #endif
 
-// c = a * b over `depth` words. Element (row, k) of A is a[row * row_stride + k * depth_stride]; row k of B begins at
+// c = a * b over `depth` words, in two chains, or in one where a tile needs all registers. Element (row, k) of A is a[row * row_stride + k * depth_stride]; row k of B begins at
 // b + k * b_stride.
-template <class P, int Rows, int Vectors>
+template <class P, int Chains = 2, int Rows, int Vectors>
 GK_INLINE void multiply(Vec<typename P::Compute> (&c)[Rows][Vectors], const typename P::Word* a, int64_t row_stride,
                         int64_t depth_stride, const typename P::Word* b, int64_t b_stride, int64_t depth) {
   constexpr int kStep = kLanesOf<typename P::Compute>;
-  Vec<typename P::Compute> sum[2][Rows][Vectors] = {};
+  Vec<typename P::Compute> sum[Chains][Rows][Vectors] = {};
   const auto step = [&](int chain, const typename P::Word* a_k, const typename P::Word* b_k) GK_LAMBDA_INLINE {
     decltype(P::load_words(b)) row[Vectors];
     GK_UNROLL for (int j = 0; j < Vectors; ++j) row[j] = P::load_words(b_k + j * kStep);
@@ -74,11 +74,11 @@ GK_INLINE void multiply(Vec<typename P::Compute> (&c)[Rows][Vectors], const type
   int64_t k = 0;
   for (; k + 2 <= depth; k += 2, a += 2 * depth_stride, b += 2 * b_stride) {
     step(0, a, b);
-    step(1, a + depth_stride, b + b_stride);
+    step(Chains - 1, a + depth_stride, b + b_stride);
   }
   if (k < depth) step(0, a, b);
   GK_UNROLL for (int i = 0; i < Rows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j) c[i][j] =
-      sum[0][i][j] + sum[1][i][j];
+      Chains == 2 ? sum[0][i][j] + sum[Chains - 1][i][j] : sum[0][i][j];
 }
 
 // The same as a sum over pieces of kFold words: chains of 16, at the price of one addition in 32. For backward, whose

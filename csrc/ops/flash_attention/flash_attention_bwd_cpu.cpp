@@ -36,7 +36,8 @@ struct BackwardScratch {
   int64_t head_stride, value_stride;  // of a packed row
   TileRows<C>* rows;
   Contracted<Fma<C>> k, q, dout;  // [kBackwardKeys][stride]; a tile of queries: [lanes][stride]
-  C *v, *dk, *dv;                 // [kBackwardKeys][stride]
+  C* v;                           // [kBackwardKeys][stride]
+  C *dk, *dv, *dk_sum, *dv_sum;   // likewise: of the tiles since the last flush, and of all before
   C *q_t, *do_t;                  // a tile of queries: [dim][lanes]
   C *s, *dp, *extra, *cap;        // [kTileKeys][lanes]
   C *max, *inverse, *delta;       // [lanes]; P = exp(score - max) * inverse
@@ -53,8 +54,10 @@ struct BackwardScratch {
         q(arena, kSize, head_stride),
         dout(arena, kSize, value_stride) {
     dk = arena.take<C>(kBackwardKeys * head_stride);
+    dk_sum = arena.take<C>(kBackwardKeys * head_stride);
     v = arena.take<C>(kBackwardKeys * value_stride);
     dv = arena.take<C>(kBackwardKeys * value_stride);
+    dv_sum = arena.take<C>(kBackwardKeys * value_stride);
     q_t = arena.take<C>(kSize * head_stride);
     do_t = arena.take<C>(kSize * value_stride);
     s = arena.take<C>(kTileKeys * kSize);
@@ -90,12 +93,17 @@ void pack_query_rows(const FlashAttentionParams& p, const HeadsView& view, int64
   to.separate(finite.all_finite(), kTileQueries<C>);
 }
 
+// Registers across a panel: with 32 of them 4 x 4 sums in one chain, which load less for a multiply-add than two chains of
+// 4 x 2. A contraction is cut into pieces of kChain for it.
+constexpr int kWidest = GENAI_KERNELS_ISA_LANES == 16 ? 4 : 3;
+constexpr int64_t kChain = 64;
+
 // out[kTileRows][Vectors] += A B for one panel of rows.
 template <class C, int Vectors>
 [[gnu::noinline]] void add_product_panel(const C* a, int64_t row_stride, int64_t depth_stride, const C* b,
                                          int64_t b_stride, int64_t depth, C* out, int64_t out_stride) {
   Vec<C> c[kTileRows][Vectors];
-  multiply<Fma<C>>(c, a, row_stride, depth_stride, b, b_stride, depth);
+  multiply<Fma<C>, Vectors == kWidest && kWidest == 4 ? 1 : 2>(c, a, row_stride, depth_stride, b, b_stride, depth);
   GK_UNROLL for (int i = 0; i < kTileRows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j) {
     C* to = out + i * out_stride + j * kLanesOf<C>;
     store(to, load(to) + c[i][j]);
@@ -107,16 +115,20 @@ template <class C>
 void add_product(const C* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const C* b, int64_t stride,
                  int64_t depth, C* out) {
   const int64_t vectors = stride / kLanesOf<C>;
-  for (int64_t j = 0; j < vectors;) {
-    const int64_t left = vectors - j, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;  // 4 = 2 + 2
-    const auto panel = width == 1   ? add_product_panel<C, 1>
-                       : width == 2 ? add_product_panel<C, 2>
-                                    : add_product_panel<C, 3>;
-    for (int64_t r = 0; r < rows; r += kTileRows)
-      panel(a + r * row_stride, row_stride, depth_stride, b + j * kLanesOf<C>, stride, depth,
-            out + r * stride + j * kLanesOf<C>, stride);
-    j += width;
-  }
+  for (int64_t k = 0; k < depth; k += kChain)
+    for (int64_t j = 0; j < vectors;) {
+      const int64_t left = vectors - j;
+      // no single one is left over where it can be helped
+      const int64_t width = left <= kWidest ? left : left == kWidest + 1 ? kWidest - 1 : kWidest;
+      const auto panel = width == 1   ? add_product_panel<C, 1>
+                         : width == 2 ? add_product_panel<C, 2>
+                         : width == 3 ? add_product_panel<C, 3>
+                                      : add_product_panel<C, kWidest>;
+      for (int64_t r = 0; r < rows; r += kTileRows)
+        panel(a + r * row_stride + k * depth_stride, row_stride, depth_stride, b + k * stride + j * kLanesOf<C>, stride,
+              min_of(kChain, depth - k), out + r * stride + j * kLanesOf<C>, stride);
+      j += width;
+    }
 }
 
 // In place, for a step of keys: s becomes P^T (after dropout, what multiplies V) and dp becomes dS^T, the gradient of the
@@ -209,18 +221,6 @@ void add_nonfinite(const FlashAttentionParams& p, const BackwardScratch<C>& scra
     });
 }
 
-// What forward kept of a row's softmax; without it (its op was another one's) lse has to do.
-template <class C>
-struct RowState {
-  C max, inverse;
-};
-template <class C>
-GK_INLINE RowState<C> row_state(const FlashAttentionParams& p, int64_t at) {
-  if (const C* state = reinterpret_cast<const C*>(p.softmax_state)) return {state[2 * at], state[2 * at + 1]};
-  const C lse = reinterpret_cast<const C*>(p.lse)[at];
-  return {scores_are_modified(p) ? lse : C(double(lse) / p.scale), C(lse == -kInfinity<C> ? 0 : 1)};
-}
-
 // A tile of queries: Q, dO, the softmax's state and delta into the lanes.
 template <class C, class T>
 void load_tile(const FlashAttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t row_end,
@@ -276,6 +276,20 @@ void store_gradient(const C* from, int64_t dim, C by, T* to) {
     store_first(to + d, load(from + d) * broadcast(by), min_of<int64_t>(kLanesOf<C>, dim - d));
 }
 
+// Rows of queries after which dK and dV are added to the sums of all before: the error grows with the root of their number
+// over many tiles.
+template <class C>
+constexpr int64_t kFlushRows = 8 * kTileQueries<C>;
+
+// sum += part, and part = 0.
+template <class C>
+void flush(C* part, C* sum, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanesOf<C>) {
+    store(sum + i, load(sum + i) + load(part + i));
+    store(part + i, Vec<C>{});
+  }
+}
+
 template <class C, class T>
 void backward(const FlashAttentionParams& p, Gradients which, int64_t batch, int64_t kv_head, int64_t begin_at,
               void* memory) {
@@ -295,13 +309,22 @@ void backward(const FlashAttentionParams& p, Gradients which, int64_t batch, int
   for (int64_t key = key_begin; key < key_end; key += kBackwardKeys) {
     load_keys<C, T>(p, batch, kv_head, key, scratch);
     if (want_keys) {
-      for (int64_t i = 0; i < kBackwardKeys * head_stride; ++i) scratch.dk[i] = 0;
-      for (int64_t i = 0; i < kBackwardKeys * value_stride; ++i) scratch.dv[i] = 0;
+      for (int64_t i = 0; i < kBackwardKeys * head_stride; ++i) scratch.dk[i] = scratch.dk_sum[i] = 0;
+      for (int64_t i = 0; i < kBackwardKeys * value_stride; ++i) scratch.dv[i] = scratch.dv_sum[i] = 0;
     }
+    int64_t flushed = -1;  // the run of kFlushRows that dk and dv hold
+    const auto flush_all = [&] {
+      flush(scratch.dk, scratch.dk_sum, kBackwardKeys * head_stride);
+      flush(scratch.dv, scratch.dv_sum, kBackwardKeys * value_stride);
+    };
     for (int64_t row = row_begin; row < row_end; row += kSize) {
       scratch.rows->set(p, batch, kv_head, row, min_of<int64_t>(kSize, row_end - row));
       if (rows.most_last < key || rows.least_first >= key + kBackwardKeys) continue;
       load_tile<C, T>(p, batch, kv_head, row, row_end, scratch);
+      if (want_keys && row / kFlushRows<C> != flushed) {
+        if (flushed >= 0) flush_all();
+        flushed = row / kFlushRows<C>;
+      }
       for_each_step(p, batch, rows, key, [&](int64_t step, int64_t from, int64_t begin, int64_t end) {
         const int64_t keys = end - begin, at = step * kTileKeys + begin - from;
         differentiate_scores(p, batch, scratch, step, from, begin, end);
@@ -319,11 +342,13 @@ void backward(const FlashAttentionParams& p, Gradients which, int64_t batch, int
       });
     }
     if (!want_keys) continue;
+    flush_all();
     for (int64_t i = 0; i < min_of<int64_t>(kBackwardKeys, all_keys - key); ++i) {
       const int64_t token = p.key_begin(batch) + key + i;
-      store_gradient<C, T>(scratch.dk + i * head_stride, p.head_dim, C(p.scale),
+      store_gradient<C, T>(scratch.dk_sum + i * head_stride, p.head_dim, C(p.scale),
                            token_of<T>(p.dk, batch, token, kv_head));
-      store_gradient<C, T>(scratch.dv + i * value_stride, p.value_dim, C(1), token_of<T>(p.dv, batch, token, kv_head));
+      store_gradient<C, T>(scratch.dv_sum + i * value_stride, p.value_dim, C(1),
+                           token_of<T>(p.dv, batch, token, kv_head));
     }
   }
   if (!want_queries) return;
@@ -359,70 +384,6 @@ void bias_gradient(const FlashAttentionParams& p, const Range& range, void* memo
     }
 }
 
-// a * b + c as the products of this instruction set round it.
-GK_INLINE float multiply_add(float a, float b, float c) {
-#if GENAI_KERNELS_ISA_LANES > 4
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-GK_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
-
-// The share of the sink in a row: all of it where there is no key.
-template <class C>
-double sink_probability(const FlashAttentionParams& p, int64_t head, const RowState<C>& row) {
-  if (row.max == -kInfinity<C>) return 1;
-  const double max = double(row.max) * (scores_are_modified(p) ? 1 : p.scale);
-  return __builtin_exp(double(reinterpret_cast<const C*>(p.sink)[head]) - max) * double(row.inverse);
-}
-
-template <class C, class T>
-void delta_of_head(const FlashAttentionParams& p, int64_t batch, int64_t head) {
-  double dsink = 0;
-  for (int64_t i = 0; i < p.query_count(batch); ++i) {
-    const int64_t token = p.query_begin(batch) + i, at = batch * p.lse_batch + head * p.lse_head + token;
-    const T *o = token_of<T>(p.out, batch, token, head), *dout = token_of<T>(p.dout, batch, token, head);
-    // In float64; but a row with one key (whose sum is 1) is summed as the product dO V^T is: there out = v, and dP -
-    // delta is exactly 0.
-    const RowState<C> state = row_state<C>(p, at);
-    C as_product = 0;
-    double sum = 0;
-    for (int64_t fold = 0; fold < p.value_dim; fold += kFold) {
-      C chain[2] = {0, 0};
-      for (int64_t d = fold; d < min_of(p.value_dim, fold + kFold); ++d) {
-        const C a = to_compute(o[d * p.out.dim]), b = to_compute(dout[d * p.dout.dim]);
-        chain[d % 2] = multiply_add(a, b, chain[d % 2]);
-        sum += double(a) * double(b);
-      }
-      as_product = fold ? as_product + (chain[0] + chain[1]) : chain[0] + chain[1];
-    }
-    if (state.inverse == 1) sum = as_product;
-    if (state.max == -kInfinity<C>) sum = 0;  // no key: out is 0 whatever dout
-    const C lse = reinterpret_cast<const C*>(p.lse)[at];
-    if (lse == -kInfinity<C>) {
-      reinterpret_cast<C*>(p.delta)[at] = 0;  // no key: no gradient, whatever dlse
-      continue;
-    }
-    if (p.dlse)
-      sum -= reinterpret_cast<const C*>(p.dlse)[batch * p.dlse_batch + head * p.dlse_head + token * p.dlse_token];
-    reinterpret_cast<C*>(p.delta)[at] = C(sum);
-    if (p.dsink) dsink -= sink_probability(p, head, state) * sum;
-  }
-  if (p.dsink) reinterpret_cast<C*>(p.dsink)[batch * p.heads + head] = C(dsink);
-}
-
-// f(stored type): gradients are summed in float32 whatever is stored.
-template <class F>
-GK_INLINE void with_stored_type(Dtype dtype, F&& f) {
-  if (dtype == Dtype::f32) return f(TypeTag<float>{});
-  if (dtype == Dtype::bf16) return f(TypeTag<bf16>{});
-  if (dtype == Dtype::f16) return f(TypeTag<fp16>{});
-#if GENAI_KERNELS_ISA_LANES == 4
-  f(TypeTag<double>{});
-#endif
-}
-
 }  // namespace
 
 int64_t flash_attention_bwd_scratch(const FlashAttentionParams& p, Gradients which) {
@@ -435,14 +396,6 @@ int64_t flash_attention_bwd_scratch(const FlashAttentionParams& p, Gradients whi
     bytes = scratch.end - static_cast<char*>(nullptr);
   });
   return bytes;
-}
-
-void flash_attention_delta_kernel(const FlashAttentionParams& p, int64_t batch, int64_t head) {
-  GK_BASELINE_IF_F64(p, flash_attention_delta_kernel(p, batch, head))
-  with_stored_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    delta_of_head<Compute<T>, T>(p, batch, head);
-  });
 }
 
 void flash_attention_bwd_kernel(const FlashAttentionParams& p, Gradients which, int64_t batch, int64_t kv_head,
@@ -471,8 +424,6 @@ void flash_attention_dbias_kernel(const FlashAttentionParams& p, const Range& ra
 
 GENAI_KERNELS_ISA_DISPATCH(int64_t, flash_attention_bwd_scratch, (const FlashAttentionParams& p, Gradients which),
                            (p, which))
-GENAI_KERNELS_ISA_DISPATCH(void, flash_attention_delta_kernel,
-                           (const FlashAttentionParams& p, int64_t batch, int64_t head), (p, batch, head))
 GENAI_KERNELS_ISA_DISPATCH(void, flash_attention_bwd_kernel,
                            (const FlashAttentionParams& p, Gradients which, int64_t batch, int64_t kv_head,
                             int64_t begin, void* scratch),

@@ -419,6 +419,29 @@ GK_INLINE void with_product(const FlashAttentionParams& p, F&& f) {
   }
 }
 
+// What forward kept of a row's softmax; without it (its op was another one's) lse has to do.
+template <class C>
+struct RowState {
+  C max, inverse;
+};
+template <class C>
+GK_INLINE RowState<C> row_state(const FlashAttentionParams& p, int64_t at) {
+  if (const C* state = reinterpret_cast<const C*>(p.softmax_state)) return {state[2 * at], state[2 * at + 1]};
+  const C lse = reinterpret_cast<const C*>(p.lse)[at];
+  return {scores_are_modified(p) ? lse : C(double(lse) / p.scale), C(lse == -kInfinity<C> ? 0 : 1)};
+}
+
+// f(stored type): gradients are summed in float32 whatever is stored.
+template <class F>
+GK_INLINE void with_stored_type(Dtype dtype, F&& f) {
+  if (dtype == Dtype::f32) return f(TypeTag<float>{});
+  if (dtype == Dtype::bf16) return f(TypeTag<bf16>{});
+  if (dtype == Dtype::f16) return f(TypeTag<fp16>{});
+#if GENAI_KERNELS_ISA_LANES == 4
+  f(TypeTag<double>{});
+#endif
+}
+
 // float64 is for gradcheck: one copy, the baseline's, serves every instruction set and saves a quarter of the build.
 #undef GK_BASELINE_IF_F64
 #if GENAI_KERNELS_ISA_LANES == 4
