@@ -30,8 +30,17 @@ def normalise(v, inside, n, eps, CENTERED: tl.constexpr):
     v = v * scale
     if CENTERED:
         v = tl.where(inside, v - tl.sum(v, 0) / n, 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(v * v, 0) / n + eps * scale * scale)
-    return v * rstd, rstd * scale
+        v = tl.where(inside, v - tl.sum(v, 0) / n, 0.0)  # what the rounding of the mean left
+    std = tl.sqrt_rn(tl.sum(v * v, 0) / n + eps * scale * scale)
+    return tl.div_rn(v, std + tl.zeros_like(v)), scale / std
+
+
+@triton.jit
+def add_compensated(total, lost, x):
+    """total + x, and what its rounding lost (Kahan): a sum of rows as exact as its result."""
+    x = x - lost
+    new = total + x
+    return new, (new - total) - x
 
 
 @triton.jit
@@ -46,9 +55,7 @@ def norm_fwd_kernel(
     v = tl.load(x + row + col, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         v = v + tl.load(residual + row + col, mask=inside, other=0.0).to(tl.float32)
-        rounded = v.to(s.dtype.element_ty)
-        tl.store(s + row + col, rounded, mask=inside)
-        v = rounded.to(tl.float32)
+        tl.store(s + row + col, v.to(s.dtype.element_ty), mask=inside)
     v, _ = normalise(v, inside, n, eps, CENTERED)
     if HAS_WEIGHT:
         v = v * tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
@@ -66,8 +73,8 @@ def norm_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < n
-    dw_sum = tl.zeros((BLOCK,), tl.float32)
-    db_sum = tl.zeros((BLOCK,), tl.float32)
+    dw_sum, dw_lost = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    db_sum, db_lost = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     if HAS_WEIGHT:
         w = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     for i in range(ROWS):
@@ -78,9 +85,9 @@ def norm_bwd_kernel(
         g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
         xhat, factor = normalise(v, inside, n, eps, CENTERED)
         if WANT_WEIGHT:
-            dw_sum += g * xhat
+            dw_sum, dw_lost = add_compensated(dw_sum, dw_lost, g * xhat)
         if WANT_BIAS:
-            db_sum += g
+            db_sum, db_lost = add_compensated(db_sum, db_lost, g)
         if HAS_WEIGHT:
             g = g * w
         d = g - xhat * (tl.sum(g * xhat, 0) / n)

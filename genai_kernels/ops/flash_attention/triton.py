@@ -300,13 +300,13 @@ def dbias_kernel(
     offset = tl.load(rng + 1) if HAS_DROPOUT else 0
     tile = tl.zeros((M, N), tl.float32)
     for at_b in range(own_b, batch, bias_batch):
-        b = at_b.to(tl.int64)
+        b = tl.zeros((), tl.int64) + at_b
         q_at, nq = sequence_of(cu_q, b, queries, VARLEN)
         k_at, nk = sequence_of(cu_k, b, keys, VARLEN)
         rows, tokens = (q_at + i).to(tl.int64), (k_at + c[:, None]).to(tl.int64)
         there = c[:, None] < nk
         for at_h in range(own_h, heads, bias_heads):
-            h = at_h.to(tl.int64)
+            h = tl.zeros((), tl.int64) + at_h
             slope = tl.load(slopes + b * slopes_b + h) if HAS_ALIBI else 0.0
             q_tile = tl.load(q + b * q_b + h * q_h + rows * q_t + d, mask=(i < nq) & (d < dim), other=0.0)
             g_tile = tl.load(dout + b * o_b + h * o_h + rows * o_t + e, mask=(i < nq) & (e < value_dim), other=0.0)
