@@ -6,6 +6,7 @@ rounding to nearest even. Arithmetic on bfloat16 itself is refused here: a kerne
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -25,8 +26,24 @@ def _rounded(values):
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
+def _patched_once(patch):
+    """The interpreter puts its own functions into triton.language at each call of each function, which takes most of
+    its time. Here they are put there once, and stay.
+    """
+    done = set()
+
+    def patched(fn):
+        if id(fn.__globals__) not in done:
+            patch(fn)
+            done.add(id(fn.__globals__))
+        return interpreter._LangPatchScope()  # with nothing to undo
+
+    return patched
+
+
 def mend():
     """Changes the interpreter of this process."""
+    interpreter._patch_lang = _patched_once(interpreter._patch_lang)
     dot, cast, binary = (getattr(InterpreterBuilder, n) for n in ("create_dot", "cast_impl", "binary_op"))
 
     def mended_dot(self, a, b, *rest):
