@@ -8,7 +8,7 @@ from collections.abc import Iterator
 # What `use_backend` forces, process-wide, or None. Read on every call, hence a plain module variable.
 forced: str | None = None
 
-NAMES = ("auto", "cpu", "reference")
+NAMES = ("auto", "cpu", "triton", "reference")
 
 
 @contextlib.contextmanager
@@ -17,10 +17,12 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: `"reference"`, the plain PyTorch composition that stands beside each op: the eager twin of any model;
-            `"cpu"`, the C++ kernels; `"auto"`, what is chosen without this.
+            `"cpu"`, the C++ kernels; `"triton"`, the Triton kernels, on CUDA tensors, or on the CPU in Triton's
+            interpreter where TRITON_INTERPRET=1 was set before; `"auto"`, what is chosen without this.
 
     Raises:
         ValueError: an unknown name.
+        ImportError: Triton cannot run here; the text says what is missing.
 
     >>> import torch, genai_kernels as gk
     >>> with gk.use_backend("reference"):
@@ -30,6 +32,10 @@ def use_backend(name: str) -> Iterator[None]:
     global forced
     if name not in NAMES:
         raise ValueError(f"genai_kernels.use_backend: name: expected one of {', '.join(NAMES)}, got {name!r}")
+    if name == "triton":
+        from . import triton_lib
+
+        triton_lib.load()
     before, forced = forced, None if name == "auto" else name
     try:
         yield

@@ -13,7 +13,19 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
+from . import backends
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _public_name(name: str) -> str:
+    return name.removesuffix("_out").removesuffix("_bwd")
+
+
+def _outputs(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """What a call of a torch op writes into."""
+    arguments = getattr(torch.ops.genai_kernels, name).default._schema.arguments
+    return [value for a, value in zip(arguments, args, strict=True) if a.alias_info is not None]
 
 
 def direct(name: str) -> Callable[..., Any]:
@@ -59,12 +71,49 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
             )
 
 
+_triton: dict[str, Callable[..., Any]] = {}  # the same ops in Triton, once triton_lib.load() has run
+
+
+def in_triton(name: str) -> Callable[[F], F]:
+    """Declares a function as the torch op `name` in Triton: the same arguments and results."""
+
+    def decorate(function: F) -> F:
+        _triton[name] = function
+        return function
+
+    return decorate
+
+
+def _run_in_triton(name: str, args: tuple[Any, ...]) -> Any:
+    from . import triton_lib
+
+    public = _public_name(name)
+    if name.endswith("_out") and name.removesuffix("_out") in _triton:
+        outs = [a for a in _outputs(name, args)]
+        results = _run_in_triton(name.removesuffix("_out"), args[: len(args) - len(outs)])
+        for out, result in zip(outs, results if isinstance(results, tuple) else (results,), strict=True):
+            triton_lib.check_like(public, "out", out, "the result", result)
+            out.copy_(result)
+        return None
+    if name not in _triton:
+        raise NotImplementedError(
+            f'genai_kernels.{public}: it has no Triton kernel; use another backend than use_backend("triton")'
+        )
+    if name in _functions and torch.is_grad_enabled():
+        if any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
+            return _functions[name].plain.apply(*args)
+    triton_lib.check_place(public, args)
+    return _triton[name](*args)
+
+
 def kernel(name: str) -> Callable[..., Any]:
     """The torch op `name`, called without the dispatcher wherever that makes no difference but in time."""
     dispatched = getattr(torch.ops.genai_kernels, name).default  # without the search for an overload
     straight = direct(name)
 
     def call(*args: Any) -> Any:
+        if backends.forced == "triton":
+            return _run_in_triton(name, args)
         if is_dynamo_compiling():
             return dispatched(*args)
         result = straight(*args)
@@ -111,7 +160,7 @@ def fake(name: str) -> Callable[[F], F]:
     """
     overload = getattr(torch.ops.genai_kernels, name).default
     names = [argument.name for argument in overload._schema.arguments]
-    public = name.removesuffix("_out").removesuffix("_bwd")
+    public = _public_name(name)
 
     def decorate(function: F) -> F:
         @functools.wraps(function)

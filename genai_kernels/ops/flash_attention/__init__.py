@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from ... import backends
 from ...registry import op
 from ...torch_ops import autograd, direct, fake, kernel, no_double_backward
 from . import samples
@@ -31,7 +32,7 @@ def _attend(
     q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, softmax_scale, softcap, alibi_slopes, attn_bias,
     attn_mask, sink, dropout_p, seed, offset, return_lse,
 ):  # fmt: skip
-    plain = not is_dynamo_compiling() and not _any_autocast()
+    plain = backends.forced is None and not is_dynamo_compiling() and not _any_autocast()
     if not plain:
         q, k, v = _autocast(q, k, v)
     left, right = window_size
