@@ -41,10 +41,10 @@ except ImportError as _error:
 
 if load_error is None:
     from . import ops as _ops
-    from .backends import use_backend
+    from .backends import fallbacks, use_backend
     from .call_path import explain
 
-    __all__ += ["explain", "use_backend"]
+    __all__ += ["explain", "fallbacks", "use_backend"]
 
     # Every room of genai_kernels/ops exports its public functions by __all__; nothing here names them.
     for _room in _pkgutil.iter_modules(_ops.__path__):

@@ -144,15 +144,17 @@ def _run(
     cotangents = []
     for o in connected:
         g = torch.randn(o.shape, generator=generator, dtype=torch.float64)
-        cotangents.append(g.to(torch.bfloat16).to(o.dtype))  # the same numbers in every dtype
+        cotangents.append(g.to(torch.bfloat16).to(o.device, o.dtype))  # the same numbers in every dtype
     gradients = torch.autograd.grad(connected, leaves, cotangents, allow_unused=True)
     zeros_for_none = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
     return [o.detach() for o in outputs], zeros_for_none
 
 
-def _three_ways(op: Op, sample: Sample, dtype: torch.dtype, differentiate: bool, seed: int) -> tuple[Any, Any, Any]:
+def _three_ways(
+    op: Op, sample: Sample, dtype: torch.dtype, differentiate: bool, seed: int, device: str
+) -> tuple[Any, Any, Any]:
     """Ours, eager and float64 of one draw of a sample, each as (outputs, gradients); and its arguments."""
-    args, kwargs = sample.build(Make(dtype, seed=seed))
+    args, kwargs = sample.build(Make(dtype, device, seed))
 
     def prepared(to: torch.dtype | None) -> Any:
         def one(t: torch.Tensor) -> torch.Tensor:
@@ -182,7 +184,7 @@ def _pooled(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def verify_sample(
-    op: Op, sample: Sample, dtype: torch.dtype, backward: bool = True, seed: int = 0, draws: int = 8
+    op: Op, sample: Sample, dtype: torch.dtype, backward: bool = True, seed: int = 0, draws: int = 8, device: str = "cpu"
 ) -> list[Verdict]:
     """Runs one sample three ways and returns a verdict for each output and gradient.
 
@@ -190,7 +192,7 @@ def verify_sample(
     together, so that the rule's factor 1.0 compares the computations and not the dice.
     """
     differentiate = backward and op.differentiable
-    runs = [_three_ways(op, sample, dtype, differentiate, seed + draw) for draw in range(draws)]
+    runs = [_three_ways(op, sample, dtype, differentiate, seed + draw, device) for draw in range(draws)]
     accuracy = op.accuracy
     args, kwargs = runs[0][2]
     c32 = accuracy.c_fp32(*args, **kwargs) if callable(accuracy.c_fp32) else accuracy.c_fp32

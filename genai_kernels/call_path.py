@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ class Explanation:
 
     op: str
     arguments: str
-    backend: str  # "cpu", "reference", or "none" where the call cannot be served
+    backend: str  # "cpu", "cuda", "triton", "reference", or "none" where the call cannot be served
     isa: str  # instruction set of the C++ kernels; empty for other backends
     why: str
     path: str  # the op's own words on the code path within the kernel; may be empty
@@ -73,23 +72,20 @@ def explain(fn: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     devices: set[str] = set()
     map_tensors(lambda t: devices.add(t.device.type) or t, (args, kwargs))  # type: ignore[func-returns-value]
     parts = [_text_of(a) for a in args] + [f"{name}={_text_of(a)}" for name, a in kwargs.items()]
-    not_taken = {
-        "cuda": "this library was built without CUDA kernels",
-        "triton": f"{op.name} has no Triton kernel"
-        + ("" if importlib.util.find_spec("triton") else ", and triton is not installed"),
-    }
-    forced_reference = backends.forced == "reference"
-    if forced_reference:
-        backend, why = "reference", 'forced by use_backend("reference"): the plain PyTorch composition'
-        not_taken = {"cpu": why, **not_taken}
-    elif devices - {"cpu"}:
-        backend = "none"
+    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), torch.empty(0))
+    if len(devices) > 1:
         where = " and ".join(sorted(devices))
-        why = f"the arguments are on {where}; there are kernels for the CPU only, and nothing is copied"
-        not_taken["reference"] = 'only use_backend("reference") selects it; it runs wherever PyTorch does'
+        choice = backends.Choice("none", f"the arguments are on {where}; all must be on one device, and nothing is copied")
     else:
-        backend, why = "cpu", "C++ kernels" + (', forced by use_backend("cpu")' if backends.forced == "cpu" else "")
+        choice = backends.choose(op.name, first)
+    backend, why, not_taken = choice.backend, choice.why, dict(choice.rejected)
+    if backend == "none":
+        not_taken["reference"] = 'only use_backend("reference") selects it; it runs wherever PyTorch does'
+    if backend == "cpu":
         not_taken["reference"] = 'only use_backend("reference") selects it'
+        not_taken |= {name: "the arguments are on the CPU" for name in ("cuda", "triton")}
+    if backends.forced == "reference":
+        not_taken["cpu"] = why
     isa = torch.ops.genai_kernels.isa() if backend == "cpu" else ""
     if isa:
         table = dict(line.split("=") for line in torch.ops.genai_kernels.isa_table().split())

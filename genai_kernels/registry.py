@@ -26,26 +26,26 @@ class Make:
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.dtype, self.device = dtype, torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
 
     def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
         """Normal, rounded to the dtype: `shift + scale * N(0, 1)`."""
-        x = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float64)
-        return (x * scale + shift).to(self.dtype)
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return (x * scale + shift).to(self.device, self.dtype)
 
     def float32(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Normal, float32 whatever the dtype (float64 under float64): for slopes, sinks, parameters."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        x = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float64)
-        return (x * scale).to(dtype)
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return (x * scale).to(self.device, dtype)
 
     def ints(self, low: int, high: int, shape: Sequence[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
         """Uniform integers in [low, high)."""
-        return torch.randint(low, high, tuple(shape), generator=self.generator, device=self.device, dtype=dtype)
+        return torch.randint(low, high, tuple(shape), generator=self.generator, dtype=dtype).to(self.device)
 
     def mask(self, *shape: int, keep: float = 0.7) -> torch.Tensor:
         """Boolean, True with probability `keep`."""
-        return torch.rand(shape, generator=self.generator, device=self.device) < keep
+        return (torch.rand(shape, generator=self.generator) < keep).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,18 @@ def _translated(error: RuntimeError) -> Exception:
     return error
 
 
+def _chosen(name: str, first: Any) -> str | None:
+    """The backend of a call with this first argument. A fallback is noted; a call that nothing serves is an error."""
+    if not isinstance(first, torch.Tensor):
+        return backends.forced
+    choice = backends.choose(name, first)
+    if choice.backend == "none" and first.device.type in ("cpu", "cuda"):
+        raise NotImplementedError(f"genai_kernels.{name}: expected a call that a kernel serves, got none: {choice.why}")
+    if choice.falls_back:
+        backends.note_fallback(name, choice)
+    return choice.backend
+
+
 def _into_out(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call with `out=`: refused where it would drop gradients, and seen by autograd as a change of `out`."""
     out = kwargs["out"] if isinstance(kwargs["out"], (tuple, list)) else (kwargs["out"],)
@@ -154,8 +166,10 @@ def op(
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def public(*args: Any, **kwargs: Any) -> Any:
-            if backends.forced == "reference":
-                return reference(*args, **kwargs)
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            if backends.forced is not None or getattr(first, "is_cuda", False):
+                if _chosen(name, first) == "reference":
+                    return reference(*args, **kwargs)
             try:
                 if not kwargs:
                     return function(*args)

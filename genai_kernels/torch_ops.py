@@ -1,6 +1,8 @@
 """How a room calls its torch ops: past the dispatcher where it adds nothing, with their gradients and shapes.
 
-The torch ops `genai_kernels::<name>` are defined in csrc/ops. `kernel(name)` calls one; the others complete it.
+The torch ops `genai_kernels::<name>` are defined in csrc/ops, with the CPU's kernels. `kernel(name)` calls one, and gives it
+its implementation for CUDA tensors: what backends.py chooses of `genai_kernels_cuda::<name>`, the same in CUDA C++, and
+the function that `in_triton(name)` declares.
 """
 
 from __future__ import annotations
@@ -18,14 +20,35 @@ from . import backends
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@functools.cache
 def _public_name(name: str) -> str:
-    return name.removesuffix("_out").removesuffix("_bwd")
+    """The public function that a torch op stands behind."""
+    from .registry import OPS
+
+    plain = name.removesuffix("_out").removesuffix("_bwd")
+    return plain if plain in OPS else next((op.name for op in OPS.values() if plain in op.overloads), plain)
 
 
-def _outputs(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
+def _written(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     """What a call of a torch op writes into."""
     arguments = getattr(torch.ops.genai_kernels, name).default._schema.arguments
     return [value for a, value in zip(arguments, args, strict=True) if a.alias_info is not None]
+
+
+def _check_one_device(name: str, args: tuple[Any, ...]) -> None:
+    """All tensors where the first is, but for the state of the random numbers, which is read on the CPU."""
+    arguments = getattr(torch.ops.genai_kernels, name).default._schema.arguments
+    first = None
+    for argument, value in zip(arguments, args, strict=False):
+        if not isinstance(value, torch.Tensor) or argument.name == "rng_state":
+            continue
+        if first is None:
+            first = argument.name, value.device
+        elif value.device != first[1]:
+            raise ValueError(
+                f"genai_kernels.{_public_name(name)}: {argument.name}: expected device {first[1]} as {first[0]}, "
+                f"got {value.device}"
+            )
 
 
 def direct(name: str) -> Callable[..., Any]:
@@ -56,7 +79,7 @@ def _records_plainly(args: tuple[Any, ...]) -> bool:
     return (
         torch.is_grad_enabled()
         and any(t.requires_grad for t in tensors)
-        and all(type(t) in _PLAIN and t.device.type == "cpu" for t in tensors)
+        and all(type(t) in _PLAIN and t.device.type in ("cpu", "cuda") for t in tensors)
         and direct("thread_is_plain")() is True
     )
 
@@ -85,37 +108,63 @@ def in_triton(name: str) -> Callable[[F], F]:
 
 
 def _run_in_triton(name: str, args: tuple[Any, ...]) -> Any:
+    """A torch op in Triton, without its gradient. The public function has loaded Triton, or autograd's engine comes here."""
     from . import triton_lib
 
+    triton_lib.load()
     public = _public_name(name)
-    if name.endswith("_out") and name.removesuffix("_out") in _triton:
-        outs = [a for a in _outputs(name, args)]
-        results = _run_in_triton(name.removesuffix("_out"), args[: len(args) - len(outs)])
-        for out, result in zip(outs, results if isinstance(results, tuple) else (results,), strict=True):
-            triton_lib.check_like(public, "out", out, "the result", result)
-            out.copy_(result)
-        return None
-    if name not in _triton:
+    result_of = name.removesuffix("_out")
+    if result_of not in _triton:
         raise NotImplementedError(
             f'genai_kernels.{public}: it has no Triton kernel; use another backend than use_backend("triton")'
         )
-    if name in _functions and torch.is_grad_enabled():
-        if any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
-            return _functions[name].plain.apply(*args)
     triton_lib.check_place(public, args)
-    return _triton[name](*args)
+    if result_of == name:
+        return _triton[name](*args)
+    outs = _written(name, args)
+    results = _triton[result_of](*args[: len(args) - len(outs)])
+    for out, result in zip(outs, results if isinstance(results, tuple) else (results,), strict=True):
+        triton_lib.check_like(public, "out", out, "the result", result)
+        out.copy_(result)
+    return None
+
+
+def _run_on_cuda(name: str, *args: Any) -> Any:
+    """A torch op on CUDA tensors, without its gradient."""
+    _check_one_device(name, args)
+    first, public = args[0], _public_name(name)
+    backend = backends.kernel_on_cuda(public, torch.cuda.get_device_capability(first.device), first.dtype)
+    with torch.cuda.device(first.device):
+        if backend == "triton":
+            return _run_in_triton(name, args)
+        return getattr(torch.ops.genai_kernels_cuda, name).default(*args)
+
+
+_library = torch.library.Library("genai_kernels", "IMPL")  # lives as long as its registrations should
+
+
+@functools.cache
+def _implement_on_cuda(name: str) -> None:
+    _library.impl(name, functools.partial(_run_on_cuda, name), "CUDA")
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args)
 
 
 def kernel(name: str) -> Callable[..., Any]:
     """The torch op `name`, called without the dispatcher wherever that makes no difference but in time."""
     dispatched = getattr(torch.ops.genai_kernels, name).default  # without the search for an overload
     straight = direct(name)
+    _implement_on_cuda(name)
 
     def call(*args: Any) -> Any:
-        if backends.forced == "triton":
-            return _run_in_triton(name, args)
         if is_dynamo_compiling():
             return dispatched(*args)
+        if backends.forced == "triton" and args[0].device.type == "cpu":  # in its interpreter
+            if name in _functions and _needs_gradient(args):
+                return _functions[name].plain.apply(*args)
+            return _run_in_triton(name, args)
         result = straight(*args)
         if result is not NotImplemented:
             return result
@@ -158,24 +207,11 @@ def fake(name: str) -> Callable[[F], F]:
     It also answers where any tensor of a call is a meta tensor, so it refuses a mix of devices: the others would get
     memory that nothing was written to.
     """
-    overload = getattr(torch.ops.genai_kernels, name).default
-    names = [argument.name for argument in overload._schema.arguments]
-    public = _public_name(name)
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def checked(*args: Any) -> Any:
-            first = None
-            for argument, value in zip(names, args, strict=False):
-                if not isinstance(value, torch.Tensor) or argument == "rng_state":  # which lies on the CPU always
-                    continue
-                if first is None:
-                    first = argument, value.device
-                elif value.device != first[1]:
-                    raise ValueError(
-                        f"genai_kernels.{public}: {argument}: expected device {first[1]} as {first[0]}, "
-                        f"got {value.device}"
-                    )
+            _check_one_device(name, args)
             return function(*args)
 
         torch.library.register_fake(f"genai_kernels::{name}")(checked)

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "core/launcher.h"
 #include "cpu/isa.h"
 
 #if defined(__clang__)
@@ -16,7 +17,12 @@ namespace {
 
 // One "key=value" a line.
 std::string build_info() {
-  return "version=" GENAI_KERNELS_VERSION "\ncompiler=" GK_COMPILER "\ntarget_torch=2.10\ncuda=0\n";
+  std::string cuda = "0";
+#ifdef GENAI_KERNELS_CUDA
+  cuda = "sm_80, sm_90a and PTX of CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+         std::to_string(CUDART_VERSION % 1000 / 10);
+#endif
+  return "version=" GENAI_KERNELS_VERSION "\ncompiler=" GK_COMPILER "\ntarget_torch=2.10\ncuda=" + cuda + "\n";
 }
 
 // Every instruction set, one "name=yes|no" a line: whether this CPU can run it.

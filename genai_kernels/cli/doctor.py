@@ -127,6 +127,39 @@ def check_ops() -> Finding:
     return Finding("ops", OK, f"{len(OPS)} agree with float64 on a sample: {', '.join(sorted(OPS))}")
 
 
+def check_gpu() -> list[Finding]:
+    """What the library carries for GPUs, whether one is here, and which of its kernels have been proven on a card."""
+    import torch
+
+    from .. import backends, triton_lib
+    from ..registry import OPS
+
+    info = dict(line.split("=", 1) for line in torch.ops.genai_kernels.build_info().split("\n") if line)
+    if backends.built_with_cuda():
+        findings = [Finding("CUDA kernels", OK, f"built for {info['cuda']}")]
+    else:
+        findings = [Finding("CUDA kernels", OK, "none in this build: GENAI_KERNELS_CUDA=1 and nvcc >= 12.4 build them")]
+    cards = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if cards:
+        names = [f"{torch.cuda.get_device_name(i)} ({c[0]}.{c[1]})" for i, c in enumerate(cards)]
+        findings.append(Finding("CUDA devices", OK, ", ".join(names)))
+    else:
+        findings.append(Finding("CUDA devices", OK, "none: the CPU kernels serve"))
+    reason = triton_lib.why_not()
+    if reason and cards:
+        findings.append(Finding("Triton kernels", NOTE, reason, _pip("triton")))
+    else:
+        findings.append(Finding("Triton kernels", OK, reason or f"triton {importlib.metadata.version('triton')}"))
+    for backend in ("cuda", "triton"):
+        known = {op: backends.proven().get(backend, {}).get(op, []) for op in sorted(OPS)}
+        parts = [f"{op} {'on ' + ' and '.join(on) if on else 'unproven'}" for op, on in known.items()]
+        text = ", ".join(parts) if any(known.values()) else f"unproven, all {len(known)}: none has run on a card yet"
+        served = [backends.on_cuda(op, cards[0], torch.bfloat16, None).backend for op in known] if cards else []
+        status = NOTE if "reference" in served else OK
+        findings.append(Finding(f"{backend} on a card", status, text))
+    return findings
+
+
 def check_threads() -> Finding:
     import torch
 
@@ -190,6 +223,8 @@ def variables() -> list[Variable]:
         ("OMP_NUM_THREADS", lambda _: threads, "threads of torch, and so of these kernels"),
         ("MKL_NUM_THREADS", lambda v: v or threads, "threads of torch's matrix products"),
         ("LD_PRELOAD", lambda v: v or "-", "loaded before everything else"),
+        ("GENAI_KERNELS_CUDA", lambda v: v or "auto", "build: 0 leaves the CUDA kernels out, 1 insists on them"),
+        ("TRITON_INTERPRET", lambda v: v or "0", "1 runs Triton kernels on the CPU, slowly"),
         ("GENAI_KERNELS_DEBUG", lambda v: v or "0", "build: 1 compiles with assertions"),
         ("MAX_JOBS", lambda v: v or jobs, "build: files compiled at a time"),
     ]
@@ -218,7 +253,7 @@ def examine() -> list[Finding]:
         findings += isa
         if all(f.status != BROKEN for f in isa):
             findings.append(check_ops())
-        findings += [check_threads(), check_openmp(), Finding("CUDA", OK, "no CUDA kernels in this version")]
+        findings += [check_threads(), check_openmp(), *check_gpu()]
     return findings + check_packages()
 
 

@@ -23,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default 0)")
     parser.add_argument("--forward-only", action="store_true", help="leave the gradients out")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors are (default cpu)")
+    parser.add_argument(
+        "--backend", action="append", choices=("cpu", "cuda", "triton"), help="only this one; may be repeated"
+    )
     parser.add_argument("--isa", help="an instruction set to force, or `all`: one after another")
 
 
@@ -54,8 +58,9 @@ def _closeness(verdict: Verdict) -> float:
     return verdict.error / verdict.limit if verdict.limit else 0.0
 
 
-def _verify(ops: list[Op], dtypes: list[torch.dtype], seed: int, backward: bool) -> list[Line]:
-    kernels = [name for name in backends.NAMES if name not in ("auto", "reference")]
+def _verify(
+    ops: list[Op], dtypes: list[torch.dtype], seed: int, backward: bool, device: str, kernels: list[str]
+) -> list[Line]:
     total = len(kernels) * len(dtypes) * sum(len([s for s in op.samples if not s.bench]) for op in ops)
     lines = []
     with progress(total) as step:
@@ -68,7 +73,7 @@ def _verify(ops: list[Op], dtypes: list[torch.dtype], seed: int, backward: bool)
                         step(f"{op.name} {name_of(dtype)} {sample.name}")
                         try:
                             with backends.use_backend(backend):
-                                line.add(sample.name, verify_sample(op, sample, dtype, backward, seed))
+                                line.add(sample.name, verify_sample(op, sample, dtype, backward, seed, device=device))
                         except Exception as error:  # whatever an op raises is its failure, not the end of the run
                             line.samples += 1
                             line.failures.append(f"{sample.name}: {type(error).__name__}: {error}")
@@ -123,11 +128,18 @@ def run(arguments: argparse.Namespace) -> int:
             )
             return 2
         argv = ["--seed", str(arguments.seed)] + ["--forward-only"] * arguments.forward_only
+        argv += [part for name in arguments.backend or [] for part in ("--backend", name)]
         argv += [part for op in arguments.op or [] for part in ("--op", op.name)]
         argv += [part for dtype in arguments.dtype or [] for part in ("--dtype", name_of(dtype))]
         return _each_isa(supported if arguments.isa == "all" else [arguments.isa], argv)
     backward = not arguments.forward_only
-    lines = _verify(selected_ops(arguments), arguments.dtype or list(FLOATS), arguments.seed, backward)
+    kernels = arguments.backend or backends.kernels_on(arguments.device)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("genai_kernels verify: --device: expected a CUDA device for cuda, got none", file=sys.stderr)
+        return 2
+    lines = _verify(
+        selected_ops(arguments), arguments.dtype or list(FLOATS), arguments.seed, backward, arguments.device, kernels
+    )
     _print(lines)
     failed, total = sum(bool(line.failures) for line in lines), sum(line.samples for line in lines)
     if failed:

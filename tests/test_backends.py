@@ -1,0 +1,161 @@
+"""Which backend serves a call, that nothing falls back in silence, and that what is not proven is nobody's default."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import genai_kernels as gk
+from benchmarks import proven
+from genai_kernels import backends
+from genai_kernels.registry import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+HOPPER, BLACKWELL, TURING = (9, 0), (10, 0), (7, 5)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """world(cuda=..., triton=..., proven=...): a machine with these parts, for what backends.py asks."""
+
+    def make(cuda=True, triton=True, proven=()):
+        table = {}
+        for backend, op, capability in proven:
+            table.setdefault(backend, {}).setdefault(op, []).append(capability)
+        monkeypatch.setattr(backends, "built_with_cuda", lambda: cuda)
+        monkeypatch.setattr(backends, "proven", lambda: table)
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: triton or None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+        backends.on_cuda.cache_clear()
+        backends._kernel_on_cuda.cache_clear()
+
+    yield make
+    backends.on_cuda.cache_clear()
+    backends._kernel_on_cuda.cache_clear()
+    backends._fallbacks.clear()
+
+
+CUDA, TRITON = ("cuda", "rms_norm", "9.0"), ("triton", "rms_norm", "9.0")
+CHOICES = {
+    "nothing is proven": ({}, HOPPER, BF16, "reference"),
+    "CUDA C++ is proven": ({"proven": [CUDA]}, HOPPER, BF16, "cuda"),
+    "both are proven": ({"proven": [CUDA, TRITON]}, HOPPER, BF16, "cuda"),
+    "only Triton is proven": ({"proven": [TRITON]}, HOPPER, BF16, "triton"),
+    "proven, but not built": ({"cuda": False, "proven": [CUDA, TRITON]}, HOPPER, BF16, "triton"),
+    "proven on another card": ({"proven": [CUDA, TRITON]}, (8, 0), BF16, "reference"),
+    "a newer card": ({"proven": [CUDA, ("triton", "rms_norm", "10.0")]}, BLACKWELL, BF16, "triton"),
+    "an older card": ({"proven": [("triton", "rms_norm", "7.5")]}, TURING, BF16, "reference"),
+    "float64": ({"proven": [CUDA, TRITON]}, HOPPER, torch.float64, "reference"),
+    "no triton": ({"triton": False, "proven": [TRITON]}, HOPPER, BF16, "reference"),
+    "another op": ({"proven": [("cuda", "layer_norm", "9.0")]}, HOPPER, BF16, "reference"),
+}
+
+
+@pytest.mark.parametrize(("parts", "capability", "dtype", "expected"), CHOICES.values(), ids=CHOICES)
+def test_the_choice(world, parts, capability, dtype, expected):
+    world(**parts)
+    choice = backends.on_cuda("rms_norm", capability, dtype, None)
+    assert choice.backend == expected
+    assert choice.falls_back == (expected == "reference")
+    if choice.falls_back:
+        assert set(choice.rejected) == {"cuda", "triton"} and all(choice.rejected.values())
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton", "reference"])
+def test_forced_is_taken_unproven_or_not_at_all(world, name):
+    world()
+    assert backends.on_cuda("rms_norm", HOPPER, BF16, name).backend == name
+    world(cuda=False, triton=False)
+    found = backends.on_cuda("rms_norm", HOPPER, BF16, name)
+    assert found.backend == ("reference" if name == "reference" else "none") and not found.falls_back
+
+
+def test_backward_takes_a_kernel_whatever_is_forced_by_then(world):
+    world()
+    assert backends.kernel_on_cuda("rms_norm", HOPPER, BF16) == "cuda"
+    world(proven=[TRITON])
+    assert backends.kernel_on_cuda("rms_norm", HOPPER, BF16) == "triton"
+    with pytest.raises(NotImplementedError, match="not float64"):
+        backends.kernel_on_cuda("rms_norm", HOPPER, torch.float64)
+
+
+def test_a_fallback_is_counted_and_refused_in_strict_mode(world):
+    world()
+    with FakeTensorMode():
+        x = torch.empty(3, 8, device="cuda", dtype=BF16)
+        assert gk.rms_norm(x).shape == x.shape
+        assert gk.rms_norm(x).shape == x.shape
+        (text, count), *more = gk.fallbacks().items()
+        assert count == 2 and not more
+        assert text.startswith("rms_norm: not cuda: unproven") and "not triton: unproven" in text
+        with gk.use_backend("auto", strict=True), pytest.raises(NotImplementedError, match="strict.*unproven"):
+            gk.rms_norm(x)
+        with gk.use_backend("reference", strict=True):  # asked for: no fallback
+            gk.rms_norm(x)
+    assert sum(gk.fallbacks().values()) == 2
+
+
+def test_the_summary_at_the_end_is_one_line():
+    program = (
+        "import genai_kernels as gk; from genai_kernels import backends\n"
+        "choice = backends.Choice('reference', '', {'cuda': 'unproven', 'triton': 'unproven'})\n"
+        "for op in ('rms_norm', 'rms_norm', 'layer_norm'): backends.note_fallback(op, choice)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("genai_kernels:")]
+    assert "PyTorch served 3 calls" in line and "layer_norm 1, rms_norm 2" in line
+
+
+def test_a_cpu_call_is_never_a_fallback():
+    gk.rms_norm(torch.ones(2, 8))
+    assert gk.fallbacks() == {}
+
+
+def test_tensors_elsewhere_than_forced():
+    if backends.built_with_cuda():
+        with gk.use_backend("cuda"), pytest.raises(NotImplementedError, match="on the CPU"):
+            gk.rms_norm(torch.ones(2, 8))
+    else:
+        with pytest.raises(ImportError, match="GENAI_KERNELS_CUDA=1"), gk.use_backend("cuda"):
+            pass
+
+
+def test_explain_tells_why(world):
+    world()
+    with FakeTensorMode():
+        found = gk.explain(gk.rms_norm, torch.empty(3, 8, device="cuda", dtype=BF16))
+    assert found.backend == "reference" and "fallback" in found.why
+    assert "unproven" in found.not_taken["cuda"] and "unproven" in found.not_taken["triton"]
+
+
+def test_what_is_called_proven_ran_from_these_sources():
+    """An entry of proven.json is void once a file that its kernels are made of has changed."""
+    record = json.loads(backends.PROVEN.read_text())
+    for backend, ops in record["proven"].items():
+        assert backend in ("cuda", "triton")
+        for op, capabilities in ops.items():
+            assert op in OPS and capabilities
+            assert f"{backend}/{op}" in record["sources"], "which sources ran?"
+    for name, ran in record["sources"].items():
+        now = proven.digest(*name.split("/"))
+        assert now == ran, f"{name} has changed since it was proven: run benchmarks/device_run.py, or drop the entry"
+
+
+def test_an_entry_is_void_once_its_sources_change(monkeypatch, tmp_path):
+    table = tmp_path / "proven.json"
+    table.write_text('{"about": "", "sources": {}, "proven": {}}')
+    monkeypatch.setattr(backends, "PROVEN", table)
+    proven.accept("9.0", {"triton": ["rms_norm"], "cuda": ["layer_norm"]})
+    proven.accept("8.0", {"triton": ["rms_norm"]})
+    assert json.loads(table.read_text())["proven"] == {"triton": {"rms_norm": ["8.0", "9.0"]}, "cuda": {"layer_norm": ["9.0"]}}
+    test_what_is_called_proven_ran_from_these_sources()
+    monkeypatch.setattr(proven, "digest", lambda backend, op: "another")
+    with pytest.raises(AssertionError, match="has changed"):
+        test_what_is_called_proven_ran_from_these_sources()
+    proven.accept("12.0", {"triton": ["rms_norm"]})
+    assert json.loads(table.read_text())["proven"]["triton"]["rms_norm"] == ["12.0"]
