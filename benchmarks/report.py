@@ -20,6 +20,8 @@ from genai_kernels.cli.bench import load
 from genai_kernels.cli.measure import COMPILED, EAGER, OURS
 from genai_kernels.cli.plots import Line, line_plot
 
+from .device import report as gpu
+
 Json = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,23 +196,24 @@ def sections(found: Json, images: Sequence[Path]) -> list[report.Section]:
     ]
 
 
-def with_block(readme: str, block: str) -> str:
+def with_block(readme: str, block: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
     """README with its part replaced.
 
     Raises:
         ValueError: README has not the two markers.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = readme.partition(begin_mark)
+    _, end, after = rest.partition(end_mark)
     if not begin or not end:
-        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{block}{END}{after}"
+        raise ValueError(f"README.md: expected the markers {begin_mark} and {end_mark}")
+    return f"{before}{begin_mark}\n{block}{end_mark}{after}"
 
 
 def expected_files(found: dict[str, Json]) -> dict[Path, str]:
     """The text files that follow from the results."""
     readme = ROOT / "README.md"
-    files = {readme: with_block(readme.read_text(), readme_block(found))}
+    text = with_block(readme.read_text(), readme_block(found))
+    files = {readme: with_block(text, gpu.readme_block(gpu.results()), gpu.BEGIN, gpu.END)}
     return {**files, **{RESULTS / f"{name}.md": page(name, one) for name, one in found.items()}}
 
 

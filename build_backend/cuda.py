@@ -25,7 +25,11 @@ def find_nvcc() -> str | None:
     if wanted == "0":
         return say(None, "CUDA: left out, as GENAI_KERNELS_CUDA=0 says: CPU kernels only")
     homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)] + ["/usr/local/cuda"]
-    candidates = [*(os.path.join(home, "bin", "nvcc") for home in homes[:-1]), "nvcc", os.path.join(homes[-1], "bin/nvcc")]
+    candidates = [
+        *(os.path.join(home, "bin", "nvcc") for home in homes[:-1]),
+        "nvcc",
+        os.path.join(homes[-1], "bin/nvcc"),
+    ]
     problem = "no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
     for nvcc in filter(None, map(shutil.which, candidates)):
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout

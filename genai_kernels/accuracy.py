@@ -154,7 +154,7 @@ def _three_ways(
     op: Op, sample: Sample, dtype: torch.dtype, differentiate: bool, seed: int, device: str
 ) -> tuple[Any, Any, Any]:
     """Ours, eager and float64 of one draw of a sample, each as (outputs, gradients); and its arguments."""
-    args, kwargs = sample.build(Make(dtype, device, seed))
+    args, kwargs = map_tensors(lambda t: t.to(device), sample.build(Make(dtype, device, seed)))
 
     def prepared(to: torch.dtype | None) -> Any:
         def one(t: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,13 @@ def _pooled(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def verify_sample(
-    op: Op, sample: Sample, dtype: torch.dtype, backward: bool = True, seed: int = 0, draws: int = 8, device: str = "cpu"
+    op: Op,
+    sample: Sample,
+    dtype: torch.dtype,
+    backward: bool = True,
+    seed: int = 0,
+    draws: int = 8,
+    device: str = "cpu",
 ) -> list[Verdict]:
     """Runs one sample three ways and returns a verdict for each output and gradient.
 

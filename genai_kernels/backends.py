@@ -1,8 +1,8 @@
 """Which implementation serves a call, why, and what was served by another than its kernel.
 
-CPU tensors go to the C++ kernels. CUDA tensors go to the first of CUDA C++, Triton and PyTorch that is there, has code for
-the card and the dtype, and has been proven on such a card: genai_kernels/proven.json lists what a run of
-benchmarks/device_run.py has proven. PyTorch, the reference that stands beside each op, is then a fallback: it is counted,
+CPU tensors go to the C++ kernels. CUDA tensors go to the first of CUDA C++, Triton and PyTorch that is there, has code
+for the card and the dtype, and has been proven on such a card: genai_kernels/proven.json lists what a run of
+benchmarks/device_run.py has proven. PyTorch, the reference that stands beside each op, is then a fallback: counted,
 reported once when the process ends, and an error under `use_backend(..., strict=True)`.
 """
 
@@ -38,9 +38,9 @@ def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
 
     Args:
         name: `"reference"`, the plain PyTorch composition that stands beside each op: the eager twin of any model;
-            `"cpu"`, the C++ kernels; `"cuda"`, the CUDA C++ kernels, proven on a card like this one or not; `"triton"`, the
-            Triton kernels, on CUDA tensors, or on the CPU in Triton's interpreter where TRITON_INTERPRET=1 was set
-            before; `"auto"`, what is chosen without this.
+            `"cpu"`, the C++ kernels; `"cuda"`, the CUDA C++ kernels, proven on a card like this one or not;
+            `"triton"`, the Triton kernels, on CUDA tensors, or on the CPU in Triton's interpreter where
+            TRITON_INTERPRET=1 was set before; `"auto"`, what is chosen without this.
         strict: with `"auto"`, a call that would fall back to PyTorch is a NotImplementedError that says why. Forced
             backends never fall back.
 
@@ -186,7 +186,9 @@ def choose(op: str, tensor: torch.Tensor) -> Choice:
         if forced == "cuda":
             return Choice("none", 'use_backend("cuda") forces the CUDA kernels, and the arguments are on the CPU')
         return Choice("cpu", "C++ kernels" + (', forced by use_backend("cpu")' if forced == "cpu" else ""))
-    return Choice("none", f"the arguments are on {device.type}; there are kernels for cpu and cuda, and nothing is copied")
+    return Choice(
+        "none", f"the arguments are on {device.type}; there are kernels for cpu and cuda, and nothing is copied"
+    )
 
 
 def kernels_on(device: str) -> list[str]:
@@ -228,6 +230,6 @@ def _report() -> None:
         ops = collections.Counter(text.split(":")[0] for text in _fallbacks.elements())
         print(
             f"genai_kernels: PyTorch served {_fallbacks.total()} calls in a kernel's place: "
-            f"{', '.join(f'{name} {count}' for name, count in sorted(ops.items()))}; genai_kernels.fallbacks() says why",
+            f"{', '.join(f'{name} {n}' for name, n in sorted(ops.items()))}; genai_kernels.fallbacks() says why",
             file=sys.stderr,
         )

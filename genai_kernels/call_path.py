@@ -75,7 +75,9 @@ def explain(fn: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), torch.empty(0))
     if len(devices) > 1:
         where = " and ".join(sorted(devices))
-        choice = backends.Choice("none", f"the arguments are on {where}; all must be on one device, and nothing is copied")
+        choice = backends.Choice(
+            "none", f"the arguments are on {where}; all must be on one device, and nothing is copied"
+        )
     else:
         choice = backends.choose(op.name, first)
     backend, why, not_taken = choice.backend, choice.why, dict(choice.rejected)
@@ -83,7 +85,7 @@ def explain(fn: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
         not_taken["reference"] = 'only use_backend("reference") selects it; it runs wherever PyTorch does'
     if backend == "cpu":
         not_taken["reference"] = 'only use_backend("reference") selects it'
-        not_taken |= {name: "the arguments are on the CPU" for name in ("cuda", "triton")}
+        not_taken |= dict.fromkeys(("cuda", "triton"), "the arguments are on the CPU")
     if backends.forced == "reference":
         not_taken["cpu"] = why
     isa = torch.ops.genai_kernels.isa() if backend == "cpu" else ""

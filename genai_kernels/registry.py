@@ -167,9 +167,9 @@ def op(
         @functools.wraps(function)
         def public(*args: Any, **kwargs: Any) -> Any:
             first = args[0] if args else next(iter(kwargs.values()), None)
-            if backends.forced is not None or getattr(first, "is_cuda", False):
-                if _chosen(name, first) == "reference":
-                    return reference(*args, **kwargs)
+            by_choice = backends.forced is not None or getattr(first, "is_cuda", False)
+            if by_choice and _chosen(name, first) == "reference":
+                return reference(*args, **kwargs)
             try:
                 if not kwargs:
                     return function(*args)

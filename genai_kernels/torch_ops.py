@@ -1,8 +1,8 @@
 """How a room calls its torch ops: past the dispatcher where it adds nothing, with their gradients and shapes.
 
-The torch ops `genai_kernels::<name>` are defined in csrc/ops, with the CPU's kernels. `kernel(name)` calls one, and gives it
-its implementation for CUDA tensors: what backends.py chooses of `genai_kernels_cuda::<name>`, the same in CUDA C++, and
-the function that `in_triton(name)` declares.
+The torch ops `genai_kernels::<name>` are defined in csrc/ops, with the CPU's kernels. `kernel(name)` calls one, and gives
+it its implementation for CUDA tensors: what backends.py chooses of `genai_kernels_cuda::<name>`, the same in CUDA C++,
+and the function that `in_triton(name)` declares.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def in_triton(name: str) -> Callable[[F], F]:
 
 
 def _run_in_triton(name: str, args: tuple[Any, ...]) -> Any:
-    """A torch op in Triton, without its gradient. The public function has loaded Triton, or autograd's engine comes here."""
+    """A torch op in Triton, without its gradient."""
     from . import triton_lib
 
     triton_lib.load()

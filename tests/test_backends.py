@@ -63,7 +63,8 @@ def test_the_choice(world, parts, capability, dtype, expected):
     assert choice.backend == expected
     assert choice.falls_back == (expected == "reference")
     if choice.falls_back:
-        assert set(choice.rejected) == {"cuda", "triton"} and all(choice.rejected.values())
+        assert set(choice.rejected) == {"cuda", "triton"}
+        assert all(choice.rejected.values())
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton", "reference"])
@@ -72,7 +73,8 @@ def test_forced_is_taken_unproven_or_not_at_all(world, name):
     assert backends.on_cuda("rms_norm", HOPPER, BF16, name).backend == name
     world(cuda=False, triton=False)
     found = backends.on_cuda("rms_norm", HOPPER, BF16, name)
-    assert found.backend == ("reference" if name == "reference" else "none") and not found.falls_back
+    assert found.backend == ("reference" if name == "reference" else "none")
+    assert not found.falls_back
 
 
 def test_backward_takes_a_kernel_whatever_is_forced_by_then(world):
@@ -91,9 +93,11 @@ def test_a_fallback_is_counted_and_refused_in_strict_mode(world):
         assert gk.rms_norm(x).shape == x.shape
         assert gk.rms_norm(x).shape == x.shape
         (text, count), *more = gk.fallbacks().items()
-        assert count == 2 and not more
-        assert text.startswith("rms_norm: not cuda: unproven") and "not triton: unproven" in text
-        with gk.use_backend("auto", strict=True), pytest.raises(NotImplementedError, match="strict.*unproven"):
+        assert count == 2
+        assert not more
+        assert text.startswith("rms_norm: not cuda: unproven")
+        assert "not triton: unproven" in text
+        with gk.use_backend("auto", strict=True), pytest.raises(NotImplementedError, match=r"strict.*unproven"):
             gk.rms_norm(x)
         with gk.use_backend("reference", strict=True):  # asked for: no fallback
             gk.rms_norm(x)
@@ -108,7 +112,8 @@ def test_the_summary_at_the_end_is_one_line():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("genai_kernels:")]
-    assert "PyTorch served 3 calls" in line and "layer_norm 1, rms_norm 2" in line
+    assert "PyTorch served 3 calls" in line
+    assert "layer_norm 1, rms_norm 2" in line
 
 
 def test_a_cpu_call_is_never_a_fallback():
@@ -129,8 +134,10 @@ def test_explain_tells_why(world):
     world()
     with FakeTensorMode():
         found = gk.explain(gk.rms_norm, torch.empty(3, 8, device="cuda", dtype=BF16))
-    assert found.backend == "reference" and "fallback" in found.why
-    assert "unproven" in found.not_taken["cuda"] and "unproven" in found.not_taken["triton"]
+    assert found.backend == "reference"
+    assert "fallback" in found.why
+    assert "unproven" in found.not_taken["cuda"]
+    assert "unproven" in found.not_taken["triton"]
 
 
 def test_what_is_called_proven_ran_from_these_sources():
@@ -139,7 +146,8 @@ def test_what_is_called_proven_ran_from_these_sources():
     for backend, ops in record["proven"].items():
         assert backend in ("cuda", "triton")
         for op, capabilities in ops.items():
-            assert op in OPS and capabilities
+            assert op in OPS
+            assert capabilities
             assert f"{backend}/{op}" in record["sources"], "which sources ran?"
     for name, ran in record["sources"].items():
         now = proven.digest(*name.split("/"))
@@ -152,7 +160,10 @@ def test_an_entry_is_void_once_its_sources_change(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "PROVEN", table)
     proven.accept("9.0", {"triton": ["rms_norm"], "cuda": ["layer_norm"]})
     proven.accept("8.0", {"triton": ["rms_norm"]})
-    assert json.loads(table.read_text())["proven"] == {"triton": {"rms_norm": ["8.0", "9.0"]}, "cuda": {"layer_norm": ["9.0"]}}
+    assert json.loads(table.read_text())["proven"] == {
+        "triton": {"rms_norm": ["8.0", "9.0"]},
+        "cuda": {"layer_norm": ["9.0"]},
+    }
     test_what_is_called_proven_ran_from_these_sources()
     monkeypatch.setattr(proven, "digest", lambda backend, op: "another")
     with pytest.raises(AssertionError, match="has changed"):

@@ -89,9 +89,9 @@ def flash_attn_with_kvcache(
         }
         if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
             raise ValueError(f"{_NAME}: rotary_cos: expected rotary_cos, rotary_sin, k and v together, or no rotary_*")
-        positions = held[:, None] + torch.arange(0 if k is None else k.shape[1])
+        positions = held[:, None] + torch.arange(0 if k is None else k.shape[1], device=q.device)
         if rotary_cos is not None and rotary_sin is not None and k is not None:
-            of_q = held[:, None] + torch.arange(q.shape[1]) * int(causal or max(left, right) >= 0)
+            of_q = held[:, None] + torch.arange(q.shape[1], device=q.device) * int(causal or max(left, right) >= 0)
             k = rotary_embedding(k, rotary_cos, rotary_sin, positions, interleaved=rotary_interleaved)
             q = rotary_embedding(q, rotary_cos, rotary_sin, of_q, interleaved=rotary_interleaved)
         if k is None or v is None:
@@ -148,10 +148,10 @@ def _places(
     if isinstance(cache_seqlens, torch.Tensor):
         held = _integers("cache_seqlens", cache_seqlens, batch)
     else:
-        held = torch.full((batch,), cache_seqlens)
+        held = torch.full((batch,), cache_seqlens, device=q.device)
     begin = torch.zeros_like(held) if cache_leftpad is None else _integers("cache_leftpad", cache_leftpad, batch)
     if cache_batch_idx is None:
-        rows = torch.arange(batch)
+        rows = torch.arange(batch, device=q.device)
         _check(batch <= caches, f"k_cache: expected a cache for each of {batch} sequences, got {caches}")
     else:
         rows = _integers("cache_batch_idx", cache_batch_idx, batch)
@@ -171,20 +171,20 @@ def _places(
 def _attend(q, k_cache, v_cache, rows, begin, end, options) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequence b attends over tokens begin[b] : end[b] of cache rows[b]."""
     batch, queries, heads, _ = q.shape
-    in_order = torch.equal(rows, torch.arange(batch))
+    in_order = torch.equal(rows, torch.arange(batch, device=q.device))
     if in_order and batch and bool((begin == begin[0]).all()) and bool((end == end[0]).all()):
         part = (slice(batch), slice(int(begin[0]), int(end[0])))
         out, lse = flash_attention(q, k_cache[part], v_cache[part], **options, return_lse=True)
         return out, lse
     if rows.unique().numel() < batch:  # two sequences read one cache: each gets a copy
-        k_cache, v_cache, rows = k_cache[rows], v_cache[rows], torch.arange(batch)
+        k_cache, v_cache, rows = k_cache[rows], v_cache[rows], torch.arange(batch, device=q.device)
 
     # The caches lie one after the other like packed sequences. What lies between the parts that are attended to (unused
     # ends, left padding, unused caches) becomes a sequence without queries, which costs nothing.
     order = rows.argsort()
     first = rows[order] * k_cache.shape[1]
     cu_k = torch.stack([first + begin[order], first + end[order]], 1).flatten()
-    cu_q = torch.arange(batch + 1).repeat_interleave(2)[:-1] * queries
+    cu_q = torch.arange(batch + 1, device=q.device).repeat_interleave(2)[:-1] * queries
     slopes = options["alibi_slopes"]
     if slopes is not None and slopes.dim() == 2:
         options = {**options, "alibi_slopes": slopes[order].repeat_interleave(2, 0)}

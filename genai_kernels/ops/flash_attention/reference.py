@@ -159,4 +159,4 @@ def flash_attention_varlen_reference(
     if not return_lse:
         return out
     exact = torch.promote_types(q.dtype, torch.float32)
-    return out, torch.cat([*lses, torch.full((q.shape[1], tail), float("-inf"), dtype=exact)], dim=-1)
+    return out, torch.cat([*lses, torch.full((q.shape[1], tail), float("-inf"), dtype=exact, device=q.device)], dim=-1)

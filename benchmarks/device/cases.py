@@ -1,0 +1,207 @@
+"""What is timed on a GPU, the most important first, and against whom.
+
+Shapes of attention are those of the published curves of flash attention: batch * tokens = 16384, heads * head_dim =
+2048.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import genai_kernels as gk
+
+Tensors = tuple[torch.Tensor, ...]
+Function = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call, forward or backward, and what it costs."""
+
+    op: str
+    name: str
+    make: Callable[[str, torch.dtype], Tensors]  # device, dtype -> the arguments that take gradients
+    ours: Function
+    peers: dict[str, Function]
+    reference: Function  # on float32, for the check before a time is believed
+    backward: bool = False
+    flops: float = 0.0
+    elements: float = 0.0  # read and written, where memory is the limit
+    dtype: torch.dtype = torch.bfloat16
+
+
+# ---- attention ----
+
+
+def _heads_first(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(1, 2)
+
+
+def _sdpa(backend: str | None, causal: bool) -> Function:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = map(_heads_first, (q, k, v))
+        attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=causal)
+        if backend is None:
+            return _heads_first(attend())
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return _heads_first(attend())
+
+    return run
+
+
+def _flex(causal: bool, window: int | None) -> Function:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks: dict[Any, Any] = {}
+
+    def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
+        seen = j <= i
+        return seen if window is None else seen & (j > i - window)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (_heads_first(t).contiguous() for t in (q, k, v))
+        n = q.shape[2]
+        if causal and n not in masks:
+            masks[n] = create_block_mask(visible, None, None, n, n, device=q.device.type)
+        return _heads_first(compiled(q, k, v, block_mask=masks.get(n)))
+
+    return run
+
+
+def _windowed_reference(window: int) -> Function:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        i = torch.arange(q.shape[1], device=q.device)
+        mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
+        q, k, v = map(_heads_first, (q, k, v))
+        return _heads_first(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+    return run
+
+
+def attention(
+    tokens: int, head_dim: int, causal: bool, backward: bool = False, window: int | None = None, scale: int = 1
+) -> Case:
+    batch, heads = max(16384 // tokens // scale, 1), max(2048 // head_dim // scale, 1)
+    pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
+    options: dict[str, Any] = {"causal": causal}
+    peers: dict[str, Function] = {
+        "sdpa cudnn": _sdpa("CUDNN_ATTENTION", causal),
+        "sdpa flash": _sdpa("FLASH_ATTENTION", causal),
+        "flex": _flex(causal, window),
+    }
+    reference, name = _sdpa(None, causal), f"d{head_dim} n{tokens} {'causal' if causal else 'full'}"
+    if window is not None:
+        pairs = window * tokens - window * (window - 1) / 2
+        options, name = {"window_size": (window - 1, 0)}, f"d{head_dim} n{tokens} window {window}"
+        peers, reference = {"flex": peers["flex"]}, _windowed_reference(window)
+
+    def make(device: str, dtype: torch.dtype) -> Tensors:
+        return tuple(torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype) for _ in range(3))
+
+    flops = 4 * batch * heads * head_dim * pairs
+    return Case(
+        "flash_attention", name, make, functools.partial(gk.flash_attention, **options), peers, reference, backward,
+        flops=flops * (2.5 if backward else 1),
+    )  # fmt: skip
+
+
+# ---- ops that memory limits ----
+
+
+def _liger(name: str) -> dict[str, Function]:
+    """Liger's function of the same meaning, where Liger is installed."""
+    if not importlib.util.find_spec("liger_kernel"):
+        return {}
+    from liger_kernel.ops import layer_norm, rms_norm, swiglu
+
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        return swiglu.LigerSiLUMulFunction.apply(*(t.contiguous() for t in x.chunk(2, -1)))
+
+    table: dict[str, Function] = {
+        "rms_norm": lambda x, w: rms_norm.LigerRMSNormFunction.apply(x, w, 1e-6),
+        "layer_norm": lambda x, w, b: layer_norm.LigerLayerNormFunction.apply(x, w, b, 1e-5),
+        "silu_and_mul": gated,
+    }
+    return {"liger": table[name]} if name in table else {}
+
+
+def rows(op: str, shape: tuple[int, int], backward: bool = False) -> Case:
+    from genai_kernels.registry import OPS
+
+    count, n = shape
+    half = op.endswith("_and_mul")
+    parameters = {"rms_norm": 1, "layer_norm": 2, "fused_add_rms_norm": 1}.get(op, 0)
+    inputs = 2 if op == "fused_add_rms_norm" else 1
+
+    def make(device: str, dtype: torch.dtype) -> Tensors:
+        wide = torch.randn(inputs, count, n * (2 if half else 1), device=device, dtype=dtype).unbind(0)
+        return (*wide, *(torch.randn(n, device=device, dtype=dtype) for _ in range(parameters)))
+
+    elements = count * n * ((5 if backward else 3) if half else (3 if backward else 2) * inputs)
+    if op == "fused_add_rms_norm" and backward:
+        elements = 4 * count * n  # dy, the gradient of the sum, the sum; dx
+    reference = OPS[op].reference
+    peers = {"compiled": torch.compile(reference, dynamic=False), "eager": reference, **_liger(op)}
+    name = f"{count}x{n}"
+    return Case(op, name, make, getattr(gk, op), peers, reference, backward, elements=elements)
+
+
+def rotary(tokens: int, heads: int, head_dim: int) -> Case:
+    from genai_kernels.registry import OPS
+
+    def make(device: str, dtype: torch.dtype) -> Tensors:
+        angle = torch.randn(tokens, head_dim // 2, device=device)
+        return (torch.randn(1, tokens, heads, head_dim, device=device, dtype=dtype), angle.cos(), angle.sin())
+
+    reference = OPS["rotary_embedding"].reference
+    peers = {"compiled": torch.compile(reference, dynamic=False), "eager": reference}
+    name = f"{tokens}x{heads}x{head_dim}"
+    return Case(
+        "rotary_embedding", name, make, gk.rotary_embedding, peers, reference,
+        elements=2 * tokens * heads * head_dim,
+    )  # fmt: skip
+
+
+def cases(dry: bool = False) -> Iterator[Case]:
+    """In order of importance: a run whose time ends has what matters."""
+    if dry:
+        yield attention(64, 32, True, scale=64)
+        yield attention(64, 32, False, backward=True, scale=64)
+        yield rows("rms_norm", (8, 64))
+        yield rows("silu_and_mul", (8, 64), backward=True)
+        return
+    for causal in (False, True):
+        yield attention(8192, 128, causal)
+        yield attention(8192, 128, causal, backward=True)
+    yield rows("rms_norm", (16384, 4096))
+    yield rows("silu_and_mul", (16384, 11008))
+    for head_dim in (64, 256):
+        for causal in (False, True):
+            yield attention(8192, head_dim, causal)
+    yield rows("rms_norm", (16384, 4096), backward=True)
+    yield rows("fused_add_rms_norm", (16384, 4096))
+    yield rows("layer_norm", (16384, 4096))
+    yield rotary(16384, 32, 128)
+    yield attention(16384, 128, True, window=4096)
+    for tokens in (512, 1024, 2048, 4096, 16384):
+        for causal in (False, True):
+            yield attention(tokens, 128, causal)
+    for tokens in (1024, 2048, 4096):
+        for causal in (False, True):
+            yield attention(tokens, 128, causal, backward=True)
+    for causal in (False, True):
+        yield attention(8192, 64, causal, backward=True)
+    yield rows("silu_and_mul", (16384, 11008), backward=True)
+    yield rows("fused_add_rms_norm", (16384, 4096), backward=True)
+    yield rows("layer_norm", (16384, 4096), backward=True)
+    yield rows("gelu_tanh_and_mul", (16384, 11008))
+    yield rows("rms_norm", (512, 4096))

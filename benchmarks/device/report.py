@@ -1,0 +1,78 @@
+"""README's GPU table, from benchmarks/results/gpu/*.json: what device_run has measured, and plainly what it has not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks/results/gpu"
+BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+MISSING = "not yet measured"
+OURS = ("cuda", "triton")
+# (words in README, op, name of the case in benchmarks/device/cases.py, backward)
+ROWS = [
+    ("attention forward, d128, 8192 tokens", "flash_attention", "d128 n8192 full", False),
+    ("the same, causal", "flash_attention", "d128 n8192 causal", False),
+    ("attention backward, d128, 8192 tokens", "flash_attention", "d128 n8192 full", True),
+    ("the same, causal", "flash_attention", "d128 n8192 causal", True),
+    ("attention forward, d64, 8192 tokens", "flash_attention", "d64 n8192 full", False),
+    ("attention forward, d256, 8192 tokens", "flash_attention", "d256 n8192 full", False),
+    ("attention, window 4096 of 16384 tokens", "flash_attention", "d128 n16384 window 4096", False),
+    ("rms_norm, 16384 x 4096", "rms_norm", "16384x4096", False),
+    ("rms_norm backward", "rms_norm", "16384x4096", True),
+    ("fused_add_rms_norm, 16384 x 4096", "fused_add_rms_norm", "16384x4096", False),
+    ("layer_norm, 16384 x 4096", "layer_norm", "16384x4096", False),
+    ("silu_and_mul, 16384 x 11008", "silu_and_mul", "16384x11008", False),
+    ("silu_and_mul backward", "silu_and_mul", "16384x11008", True),
+    ("rotary_embedding, 16384 x 32 x 128", "rotary_embedding", "16384x32x128", False),
+]
+
+
+def results() -> dict[str, list[dict[str, Any]]]:
+    """The records of every committed run, by the card's name."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        records = json.loads(path.read_text())["records"]
+        name = next(r["name"] for r in records if r["stage"] == "fingerprint")
+        found[name] = records
+    return found
+
+
+def _rate(record: dict[str, Any], ms: float) -> str:
+    return f"{record['flops'] / ms / 1e9:.0f} TFLOP/s" if record["flops"] else f"{record['bytes'] / ms / 1e9:.2f} TB/s"
+
+
+def _cells(records: list[dict[str, Any]], op: str, name: str, backward: bool) -> list[str]:
+    """CUDA C++, Triton, the fastest peer, share of the card's ceiling."""
+    times = [r for r in records if r["stage"] == "time" and (r["op"], r["name"], r["backward"]) == (op, name, backward)]
+    if not times:
+        return [MISSING] * 4
+    record = times[-1]
+    timings = record["timings"]
+    cells = [_rate(record, timings[b]["ms"]) if b in timings else record["failed"].get(b, MISSING)[:60] for b in OURS]
+    peers = {n: t["ms"] for n, t in timings.items() if n not in OURS}
+    best = min(peers, key=lambda n: peers[n], default=None)
+    cells.append(MISSING if best is None else f"{_rate(record, peers[best])} ({best})")
+    mine = min((timings[b]["ms"] for b in OURS if b in timings), default=None)
+    ceilings = [r for r in records if r["stage"] == "ceilings"]
+    if mine is None or not ceilings:
+        return [*cells, MISSING]
+    limit, work = ("bf16_tflop_s", record["flops"]) if record["flops"] else ("copy_tb_s", record["bytes"])
+    return [*cells, f"{100 * work / mine / 1e9 / ceilings[-1][limit]:.0f} %"]
+
+
+def readme_block(found: dict[str, list[dict[str, Any]]]) -> str:
+    """One table for each card, or one of empty cells where no card has been measured."""
+    lines = []
+    for card, records in (found or {"": []}).items():
+        title = "No card has been measured yet: the cells say so." if not card else f"{card}, bf16:"
+        for r in records:
+            if r["stage"] == "ceilings":
+                product = f"product of two 8192 x 8192 matrices {r['bf16_tflop_s']:.0f} TFLOP/s"
+                title += f" copy {r['copy_tb_s']:.2f} TB/s, {product}."
+        head = ["", "CUDA C++", "Triton", "fastest peer", "share of the card's ceiling"]
+        rows = [head, ["---"] * 5, *([words, *_cells(records, *what)] for words, *what in ROWS)]
+        lines += [title, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    return "\n".join(lines[:-1]) + "\n"
