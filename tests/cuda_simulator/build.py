@@ -1,5 +1,5 @@
 """Builds the library of the simulator: the host functions of csrc, the CUDA kernels' own source as C++, and the
-simulator in CUDA's place. It takes the place of genai_kernels/_C in a process of its own (tests/cuda_simulator/load.py).
+simulator in CUDA's place. It stands for genai_kernels/_C in a process of its own (tests/cuda_simulator/load.py).
 
     python tests/cuda_simulator/build.py
 """
@@ -22,7 +22,8 @@ def compile_flags() -> list[str]:
     return [
         "-O2", "-g1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread",
         "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-psabi", "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized", "-DGENAI_KERNELS_CUDA", '-DGENAI_KERNELS_VERSION=\\"simulator\\"', "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-Wno-maybe-uninitialized", "-DGENAI_KERNELS_CUDA",
+        '-DGENAI_KERNELS_VERSION=\\"simulator\\"', "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DPy_LIMITED_API=0x030a0000", *(f"-I{path}" for path in includes),
     ]  # fmt: skip
 
