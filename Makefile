@@ -8,6 +8,8 @@ SHELL := bash
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR)
 export PYTHON TORCH
+# Where there is no card, the library in this folder has no use for CUDA kernels, whose compilation takes minutes.
+export GENAI_KERNELS_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:  ## this list
@@ -34,6 +36,10 @@ exhaustive: library-dev  ## every non-positive float through exp, on every instr
 packaging: venv-dev  ## the wheel, the sdist and the editable install, built and tried in environments of their own
 	$(PY) -m pytest --durations=5 tests/packaging $(ARGS)
 
+device-artefacts: venv-dev  ## the library with CUDA kernels and the smoke program, to carry to a GPU machine
+	GENAI_KERNELS_CUDA=1 $(PY) setup.py -q build_ext --inplace
+	$(PY) -m benchmarks.device.smoke_build
+
 bench: library-run  ## ours and the peers in one run, every op
 	$(PY) -m benchmarks.run $(if $(OP),--op $(OP)) $(ARGS)
 
@@ -59,4 +65,4 @@ clean:  ## everything that was made here
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv-run venv-dev library-run library-dev demo dev test exhaustive packaging bench check format fuzz mutants clean
+.PHONY: help venv-run venv-dev library-run library-dev demo dev test exhaustive packaging device-artefacts bench check format fuzz mutants clean

@@ -1,8 +1,8 @@
 """How a room calls its torch ops: past the dispatcher where it adds nothing, with their gradients and shapes.
 
 The torch ops `genai_kernels::<name>` are defined in csrc/ops, with the CPU's kernels. `kernel(name)` calls one, and
-gives it its implementation for CUDA tensors: what backends.py chooses of `genai_kernels_cuda::<name>`, the same in CUDA C++,
-and the function that `in_triton(name)` declares.
+gives it its implementation for CUDA tensors: what backends.py chooses of `genai_kernels_cuda::<name>`, the same in CUDA
+C++, and the function that `in_triton(name)` declares.
 """
 
 from __future__ import annotations
