@@ -64,6 +64,13 @@ GK_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x for 2^-126 < x < 2^126, to 1 ULP.
+GK_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- shared memory and asynchronous copies (sm_80) ----
 GK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 

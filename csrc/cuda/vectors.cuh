@@ -89,6 +89,14 @@ GK_DEVICE int64_t row_offset(const Rows& rows, int64_t row) {
 }
 inline bool few_rows(const Rows& rows) { return rows.dims <= 1 || rows.count <= int64_t(0xffffffff); }
 
+template <class T>
+GK_DEVICE Vector<T> all_nan() {
+  float nan[Vector<T>::kCount];
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kCount; ++i) nan[i] = NAN;
+  return rounded<T>(nan);
+}
+
 // One row: `length` elements, `stride` apart. Index: an int where a row is known to be short, to spare registers.
 template <class T, class Index = int64_t>
 struct RowView {
@@ -99,9 +107,12 @@ struct RowView {
   bool wide;  // 16 bytes at once
 
   RowView() = default;
-  // `count` elements of a row, from `begin` on.
-  GK_DEVICE RowView(const Rows& rows, int64_t row, bool is_wide, Index count, int64_t begin = 0)
-      : data(static_cast<T*>(rows.data) + row_offset(rows, row) + begin * rows.inner_stride), stride(rows.inner_stride), length(count), wide(is_wide) {}
+  // `count` elements of a row, from `begin` on; `beyond`: more elements of memory from there.
+  GK_DEVICE RowView(const Rows& rows, int64_t row, bool is_wide, Index count, int64_t begin = 0, int64_t beyond = 0)
+      : data(static_cast<T*>(rows.data) + row_offset(rows, row) + begin * rows.inner_stride + beyond),
+        stride(rows.inner_stride),
+        length(count),
+        wide(is_wide) {}
 
   // Vectors first, first + step, ...: those that lie in the row, zeros beyond it.
   template <int kVectors>

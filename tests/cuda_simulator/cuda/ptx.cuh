@@ -50,6 +50,7 @@ inline void store_16(void* to, uint4 value) {
   std::memcpy(to, &value, 16);
 }
 inline void forget(uint32_t&) {}
+inline float reciprocal_approx(float x) { return 1 / x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 // ---- asynchronous copies (sm_80) ----
