@@ -1,6 +1,7 @@
 // What the hosts of the row norms share: checks, and the loops over rows.
 #pragma once
 #include "core/norm_rows.h"
+#include "cuda/stage_parameter.h"
 #include "host/alloc.h"
 #include "host/check.h"
 #include "host/gpu.h"
@@ -43,10 +44,37 @@ inline void check_norm_output(const char* op, const char* name, const TensorRef&
   if (bias) check_no_overlap(op, name, out, "bias", *bias);
 }
 
+// Parameters as the CUDA kernels read them, 16 bytes at a time: contiguous, aligned, a whole number of vectors, of the
+// rows' type or float32. Others are copied first.
+class GpuParameter {
+ public:
+  GpuParameter(const char* op, const TensorRef& x, const NormParams& p, Parameter& parameter) {
+    const int64_t n = p.x.length;
+    const bool as_it_is = parameter.stride == 1 && reinterpret_cast<uintptr_t>(parameter.data) % 16 == 0 &&
+                          (parameter.dtype == p.dtype || parameter.dtype == Dtype::f32) &&
+                          n % (p.dtype == Dtype::f32 ? 4 : 8) == 0;
+    if (!parameter.data || as_it_is) return;
+    staged_ = new_empty(x, {staged_length(n)}, ScalarType::Float);
+    float* data = static_cast<float*>(staged_.mutable_data_ptr());
+    run_on_gpu(op, x, [&](cudaStream_t stream) { return launch_stage_parameter(parameter, n, data, stream); });
+    parameter = {data, 1, Dtype::f32};
+  }
+
+ private:
+  Tensor staged_;
+};
+
+template <class Launch>
+void run_norm_on_gpu(const char* op, const TensorRef& x, NormParams p, const Launch& launch) {
+  check_gpu_dtype(op, "x", p.dtype);
+  const GpuParameter weight(op, x, p, p.weight), bias(op, x, p, p.bias);
+  run_on_gpu(op, x, [&](cudaStream_t stream) { return launch(p, stream); });
+}
+
 template <class Kernel, class Launcher>
 void run_norm_forward(const char* op, const NormParams& p, const TensorRef& x, Kernel kernel, Launcher launch) {
   if (p.x.count == 0 || p.x.length == 0) return;
-  if (on_gpu(x)) return run_on_gpu(op, x, [&](cudaStream_t stream) { return launch(p, stream); });
+  if (on_gpu(x)) return run_norm_on_gpu(op, x, p, launch);
   parallel_for_elements(p.x.count, p.x.length, [&](int64_t begin, int64_t end) {
     const Scratch scratch(p.x.length * kNormForwardScratchRows * compute_bytes(p.dtype));
     kernel(p, begin, end, scratch.get());
