@@ -173,11 +173,21 @@ def kernel_on_cuda(op: str, capability: tuple[int, int], dtype: torch.dtype) -> 
     return _kernel_on_cuda(op, capability, dtype, forced)
 
 
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def choose(op: str, tensor: torch.Tensor) -> Choice:
     """What serves a call of the public function `op` with a tensor like this one."""
     device = tensor.device
     if device.type == "cuda":
-        return on_cuda(op, torch.cuda.get_device_capability(device), tensor.dtype, forced)
+        return on_cuda(op, capability_of(device), tensor.dtype, forced)
     if forced == "reference":
         return on_cuda(op, (0, 0), tensor.dtype, forced)
     if device.type == "cpu":

@@ -35,18 +35,22 @@ def _written(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     return [value for a, value in zip(arguments, args, strict=True) if a.alias_info is not None]
 
 
+@functools.cache
+def _argument_names(name: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.genai_kernels, name).default._schema.arguments]
+
+
 def _check_one_device(name: str, args: tuple[Any, ...]) -> None:
     """All tensors where the first is, but for the state of the random numbers, which is read on the CPU."""
-    arguments = getattr(torch.ops.genai_kernels, name).default._schema.arguments
     first = None
-    for argument, value in zip(arguments, args, strict=False):
-        if not isinstance(value, torch.Tensor) or argument.name == "rng_state":
+    for argument, value in zip(_argument_names(name), args, strict=False):
+        if not isinstance(value, torch.Tensor) or argument == "rng_state":
             continue
         if first is None:
-            first = argument.name, value.device
+            first = argument, value.device
         elif value.device != first[1]:
             raise ValueError(
-                f"genai_kernels.{_public_name(name)}: {argument.name}: expected device {first[1]} as {first[0]}, "
+                f"genai_kernels.{_public_name(name)}: {argument}: expected device {first[1]} as {first[0]}, "
                 f"got {value.device}"
             )
 
@@ -73,15 +77,17 @@ class _Function(NamedTuple):
 _functions: dict[str, _Function] = {}
 
 
-def _records_plainly(args: tuple[Any, ...]) -> bool:
+def _is_plain(args: tuple[Any, ...]) -> bool:
     """True if nothing but the autograd engine has to know of a call."""
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
     return (
-        torch.is_grad_enabled()
-        and any(t.requires_grad for t in tensors)
-        and all(type(t) in _PLAIN and t.device.type in ("cpu", "cuda") for t in tensors)
+        all(type(t) in _PLAIN and t.device.type in ("cpu", "cuda") for t in tensors)
         and direct("thread_is_plain")() is True
     )
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args)
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
@@ -133,7 +139,7 @@ def _run_on_cuda(name: str, *args: Any) -> Any:
     """A torch op on CUDA tensors, without its gradient."""
     _check_one_device(name, args)
     first, public = args[0], _public_name(name)
-    backend = backends.kernel_on_cuda(public, torch.cuda.get_device_capability(first.device), first.dtype)
+    backend = backends.kernel_on_cuda(public, backends.capability_of(first.device), first.dtype)
     with torch.cuda.device(first.device):
         if backend == "triton":
             return _run_in_triton(name, args)
@@ -146,10 +152,6 @@ _library = torch.library.Library("genai_kernels", "IMPL")  # lives as long as it
 @functools.cache
 def _implement_on_cuda(name: str) -> None:
     _library.impl(name, functools.partial(_run_on_cuda, name), "CUDA")
-
-
-def _needs_gradient(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args)
 
 
 def kernel(name: str) -> Callable[..., Any]:
@@ -170,10 +172,12 @@ def kernel(name: str) -> Callable[..., Any]:
             return result
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
-        if name in _functions:
-            if torch._C._are_functorch_transforms_active():
-                return _functions[name].transformed.apply(*args)
-            if _records_plainly(args):
+        if name in _functions and torch._C._are_functorch_transforms_active():
+            return _functions[name].transformed.apply(*args)
+        if _is_plain(args):
+            if not _needs_gradient(args):
+                return _run_on_cuda(name, *args) if args[0].is_cuda else dispatched(*args)
+            if name in _functions:
                 return _functions[name].plain.apply(*args)
         return dispatched(*args)
 

@@ -30,7 +30,7 @@ def world(monkeypatch):
         monkeypatch.setattr(backends, "built_with_cuda", lambda: cuda)
         monkeypatch.setattr(backends, "proven", lambda: table)
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: triton or None)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+        monkeypatch.setattr(backends, "capability_of", lambda device: HOPPER)
         backends.on_cuda.cache_clear()
         backends._kernel_on_cuda.cache_clear()
 
