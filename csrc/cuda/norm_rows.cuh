@@ -7,40 +7,11 @@
 #pragma once
 #include "core/norm_rows.h"
 #include "cuda/launch.cuh"
+#include "cuda/norm_row_blocks.h"
 #include "cuda/reduce.cuh"
 #include "cuda/vectors.cuh"
 
 namespace genai_kernels {
-
-// How a row is laid over threads: by its length alone, so that neither other rows nor strides change its bits.
-struct RowLaunch {
-  int group;    // threads of a row
-  int threads;  // of a block
-  int vectors;  // that a thread holds; 0: too long a row, read again for every pass over it
-  bool wide;    // 16 bytes at once
-  double length, inverse_length;
-};
-
-inline constexpr int kShortRowThreads = 128;  // a block of several rows: small enough that few rows fill the card
-inline constexpr int kTileThreads = 512;      // the most threads where each holds 4 vectors of several tensors
-inline constexpr int kLongRowThreads = 512;   // of a row that does not fit into registers
-
-inline int lanes_for(int64_t vectors) {
-  int lanes = 1;
-  while (lanes < vectors) lanes *= 2;
-  return lanes;
-}
-// Up to 32 vectors: one for each lane. Up to 128: a warp or half of one with 4 each, without a barrier. Then whole warps.
-inline RowLaunch row_launch(int64_t length, int64_t bytes_of_element, int most_threads_with_8, bool wide) {
-  const int64_t vectors = (length * bytes_of_element + 15) / 16;
-  const double n = double(length);
-  const auto whole_warps = [&](int64_t each) { return int((vectors + each * 32 - 1) / (each * 32) * 32); };
-  if (vectors <= 32) return {lanes_for(vectors), kShortRowThreads, 1, wide, n, 1 / n};
-  if (vectors <= 128) return {lanes_for((vectors + 3) / 4), kShortRowThreads, 4, wide, n, 1 / n};
-  if (vectors <= 4 * kTileThreads) return {whole_warps(4), whole_warps(4), 4, wide, n, 1 / n};
-  if (vectors <= 8 * most_threads_with_8) return {whole_warps(8), whole_warps(8), 8, wide, n, 1 / n};
-  return {kLongRowThreads, kLongRowThreads, 0, wide, n, 1 / n};
-}
 
 // A weight or bias: contiguous, readable to the next multiple of 8 elements, of the row's type or float32 (host/
 // norm_rows.h sees to it).
@@ -329,7 +300,8 @@ cudaError_t launch_norm_forward(const NormParams& p, cudaStream_t stream, const 
     const bool wide = is_wide(p.x, kSize) && is_wide(p.y, kSize) && is_wide(p.residual, kSize) && is_wide(p.sum, kSize);
     // two tensors of 16-bit elements, held as their terms, leave registers for half the threads
     const int most = p.residual.data && kSize == 2 ? 512 : 1024;
-    const RowLaunch rows = row_launch(p.x.length, kSize, most, wide);
+    RowLaunch rows = row_launch(p.x.length, kSize, most);
+    rows.wide = wide;
     const int64_t rows_of_block = rows.threads / rows.group;
     const dim3 grid(unsigned((p.x.count + rows_of_block - 1) / rows_of_block));
     const int shared = rows.group > kWarpThreads ? int(sizeof(RowGroup::Shared)) : 0;

@@ -2,7 +2,7 @@
 // cuda/norm_rows_bwd.cuh.
 #include "ops/layer_norm/layer_norm.h"
 
-#include "cuda/norm_rows.cuh"
+#include "cuda/norm_rows_bwd.cuh"
 
 namespace genai_kernels {
 namespace {
@@ -11,6 +11,13 @@ template <class T, bool kResidual, int kVectors, bool kHeld>
 __global__ void __launch_bounds__(kNormThreads<T, kResidual, kVectors, kHeld>)
     layer_norm_fwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowLaunch rows) {
   normalise_rows<T, true, kResidual, kVectors, kHeld>(p, rows);
+}
+
+template <class T, int kVectors, bool kHeld>
+__global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>)
+    layer_norm_bwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowBlocks blocks,
+    const __grid_constant__ RowLaunch rows) {
+  normalise_rows_backward<T, true, kVectors, kHeld>(p, blocks, rows);
 }
 
 }  // namespace
@@ -23,6 +30,12 @@ cudaError_t launch_layer_norm_fwd(const NormParams& p, cudaStream_t stream) {
     });
   };
   return p.residual.data ? run(BoolTag<true>{}) : run(BoolTag<false>{});
+}
+
+cudaError_t launch_layer_norm_bwd(const NormParams& p, const RowBlocks& blocks, cudaStream_t stream) {
+  return launch_norm_backward(p, blocks, stream, [](auto type, auto vectors, auto held) {
+    return &layer_norm_bwd_kernel<typename decltype(type)::type, decltype(vectors)::value, decltype(held)::value>;
+  });
 }
 
 }  // namespace genai_kernels
