@@ -129,7 +129,7 @@ GK_DEVICE Pair differentiate_pair(const FlashAttentionParams& p, const Sequence&
   Pair pair{0, 0, 1, false};
   const int64_t row = s.row(p, head, query);
   const RowState state = row_state(p, row);
-  if (key < first_key(p, s, query) || key > last_key(p, s, query) || state.max == -kAttentionInfinity) return pair;
+  if (key < first_key(p, s, query) || key > last_key(p, s, query) || state.sees_nothing()) return pair;
   const int kv_head = head / int(p.group);
   float score = dot(token_at<T>(p.q, s.batch, s.query_begin + query, head), p.q.dim,
                     token_at<T>(p.k, s.batch, s.key_begin + key, kv_head), p.k.dim, p.head_dim);
@@ -145,8 +145,9 @@ GK_DEVICE Pair differentiate_pair(const FlashAttentionParams& p, const Sequence&
     pair.kept *= factor;
     dp *= factor;
   }
-  pair.gradient = probability == 1.f ? dlse_of(p, s, head, query)
-                                     : probability * (dp - reinterpret_cast<const float*>(p.delta)[row]);
+  const bool one_key = p.softmax_state ? state.inverse == 1.f && probability > 0.5f : probability == 1.f;
+  pair.gradient = one_key ? dlse_of(p, s, head, query)
+                          : probability * (dp - reinterpret_cast<const float*>(p.delta)[row]);
   return pair;
 }
 
