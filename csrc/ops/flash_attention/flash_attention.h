@@ -54,6 +54,12 @@ struct FlashAttentionParams {
   char* dsink;       // [batch, heads] partial sums in the compute type, or null
   ScoresView dbias;  // summed over the broadcast dimensions: float64 if there are any
 
+  // GPU only, where cu_q and cu_k lie in device memory and no length of a packed sequence is known to the host
+  int64_t total_queries, total_keys;  // tokens of q, k; of packed ones, those included that no sequence owns
+  int64_t pairs_together;             // heads (of all batches) whose tiles are neighbours in the grid; see score.cuh
+  uint32_t dropout_threshold;         // a word of Philox below it drops its element
+  float dropout_factor;               // 1 / (1 - dropout_p)
+
   int64_t query_begin(int64_t b) const { return cu_q ? cu_q[b] : 0; }
   int64_t query_count(int64_t b) const { return cu_q ? cu_q[b + 1] - cu_q[b] : queries; }
   int64_t key_begin(int64_t b) const { return cu_k ? cu_k[b] : 0; }
