@@ -36,6 +36,9 @@ GK_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
   } while (!done);
 }
 
+// What this thread wrote to shared memory is seen by wgmma and TMA, once others have met it at a barrier.
+GK_DEVICE void shared_fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- TMA ----
 // One box of a 4-D tensor at coordinates (x, y, z, w), zeros where it lies outside of the tensor. `barrier` gets the
 // bytes of the whole box.

@@ -10,7 +10,7 @@ namespace genai_kernels {
 // where the columns are no multiple of 64); the hardware permutes the 16-byte pieces of a line by its address ("swizzle"),
 // so that neither a row nor a column of a tile lies in few banks.
 template <int kRows, int kColumns>
-struct alignas(1024) Tile {
+struct alignas(1024) SharedTile {
   static constexpr int kBox = tensor_box_columns(kColumns), kBoxes = kColumns / kBox;
   static constexpr int kLine = kBox * 2, kBytes = kRows * kColumns * 2;
   static_assert(kRows % 8 == 0 && kColumns % kBox == 0);
@@ -30,8 +30,26 @@ struct alignas(1024) Tile {
   // Operand of wgmma with k along the rows: rows [16 k, 16 k + 16), columns from 0 on.
   GK_DEVICE uint64_t along_rows(int k) const { return descriptor(elements + 16 * k * kBox, kRows * kLine); }
 
-  // Where the hardware has put the 16-byte piece `piece` of all kBytes / 16, in no particular order.
-  GK_DEVICE const uint4& piece(int i) const { return reinterpret_cast<const uint4*>(elements)[i]; }
+  // Zeros in the place of NaN and infinities, by `threads` threads of which this is number `thread`. They must meet
+  // before the tile is read.
+  template <class T>
+  GK_DEVICE void clear_nonfinite(int thread, int threads) {
+    constexpr uint32_t kExponent = is_same<T, bf16> ? 0x7f80 : 0x7c00;  // all ones there: not finite
+    uint4* pieces = reinterpret_cast<uint4*>(elements);
+    for (int i = thread; i < kBytes / 16; i += threads) {
+      uint4 piece = pieces[i];
+      uint32_t changed = 0;
+      for (uint32_t* word : {&piece.x, &piece.y, &piece.z, &piece.w}) {
+        uint32_t keep = ~0u;
+        if ((*word & kExponent) == kExponent) keep &= 0xffff0000;
+        if ((*word >> 16 & kExponent) == kExponent) keep &= 0x0000ffff;
+        *word &= keep;
+        changed |= ~keep;
+      }
+      if (changed) pieces[i] = piece;
+    }
+    shared_fence_async();
+  }
 
  private:
   // `leading`: bytes from one box to the next, for an operand along the rows. Lines come in groups of 8.

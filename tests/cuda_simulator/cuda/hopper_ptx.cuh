@@ -13,6 +13,7 @@ inline void barrier_arrive(uint64_t* barrier) { simulator::barrier_arrive(barrie
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) { simulator::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint64_t* barrier, int parity) { simulator::barrier_wait(barrier, parity); }
 
+inline void shared_fence_async() {}
 inline void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, int w) {
   simulator::tma_load(static_cast<char*>(to), map, barrier, {x, y, z, w});
 }
