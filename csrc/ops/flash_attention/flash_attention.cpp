@@ -15,6 +15,7 @@
 #include "host/parallel.h"
 #include "host/scratch.h"
 #include "host/sum_blocks.h"
+#include "ops/flash_attention/gpu_call.h"
 
 namespace genai_kernels {
 namespace {
@@ -55,6 +56,7 @@ const int32_t* check_cumulative(const char* op, const TensorRef& cu, const char*
   GK_CHECK_VALUE(cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous(), op, name,
                  ": expected a contiguous [batch + 1], got shape ", shape_of(cu));
   const int32_t* at = cu.data_as<int32_t>();
+  if (on_gpu(cu)) return at;  // what it holds is read by the kernels alone
   GK_CHECK_VALUE(at[0] == 0, op, name, "[0]: expected 0, got ", at[0]);
   for (int64_t i = 1; i < cu.size(0); ++i)
     GK_CHECK_VALUE(at[i] >= at[i - 1], op, name, "[", i, "]: expected at least ", at[i - 1], ", got ", at[i]);
@@ -69,7 +71,8 @@ int64_t longest(const int32_t* cu, int64_t batch) {
   return most;
 }
 
-// Strides of a tensor that broadcasts to [batch, heads, queries, keys].
+// Strides of a tensor that broadcasts to [batch, heads, queries, keys]. Of packed sequences on a GPU, p.queries and p.keys
+// are upper bounds of the longest.
 ScoresView scores_view(const char* op, const TensorRef& t, const char* name, const FlashAttentionParams& p) {
   const int64_t sizes[4] = {p.batch, p.heads, p.queries, p.keys};
   int64_t strides[4] = {0, 0, 0, 0};
@@ -77,7 +80,7 @@ ScoresView scores_view(const char* op, const TensorRef& t, const char* name, con
   bool fits = dim <= 4;
   for (int64_t i = 0; fits && i < dim; ++i) {
     const int64_t target = 4 - dim + i;
-    fits = t.size(i) == 1 || t.size(i) == sizes[target];
+    fits = t.size(i) == 1 || t.size(i) == sizes[target] || (p.cu_q && on_gpu(t) && target >= 2 && t.size(i) < sizes[target]);
     if (t.size(i) > 1) strides[target] = t.stride(i);
   }
   GK_CHECK_VALUE(fits, op, name, ": expected a shape that broadcasts to [", sizes[0], ", ", sizes[1], ", ", sizes[2],
@@ -100,6 +103,9 @@ FlashAttentionParams checked_params(const Arguments& a) {
   check_dims(op, a.k, "k", packed);
   check_dims(op, a.v, "v", packed);
   p.dtype = float_dtype(op, "q", a.q);
+  const bool gpu = on_gpu(a.q);
+  GK_CHECK_IMPLEMENTED(!gpu || p.dtype != Dtype::f64, op,
+                       "float64: expected float32, bfloat16 or float16 on CUDA, got float64; the CPU serves it");
   check_same_dtype(op, "k", a.k, "q", a.q);
   check_same_dtype(op, "v", a.v, "q", a.q);
   const int token = packed ? 0 : 1, head = token + 1, dim = token + 2;
@@ -121,8 +127,8 @@ FlashAttentionParams checked_params(const Arguments& a) {
     p.batch = a.cu_q->size(0) - 1;
     GK_CHECK_VALUE(a.cu_k->size(0) - 1 == p.batch, op, "cu_seqlens_k: expected ", p.batch + 1,
                    " elements as cu_seqlens_q, got ", a.cu_k->size(0));
-    p.queries = longest(p.cu_q, p.batch);
-    p.keys = longest(p.cu_k, p.batch);
+    p.queries = gpu ? a.q.size(0) : longest(p.cu_q, p.batch);
+    p.keys = gpu ? a.k.size(0) : longest(p.cu_k, p.batch);
   } else {
     p.batch = a.q.size(0);
     p.queries = a.q.size(1);
@@ -130,6 +136,8 @@ FlashAttentionParams checked_params(const Arguments& a) {
     GK_CHECK_VALUE(a.k.size(0) == p.batch, op, "k: expected batch ", p.batch, " as q, got ", a.k.size(0));
     GK_CHECK_VALUE(a.v.size(0) == p.batch, op, "v: expected batch ", p.batch, " as q, got ", a.v.size(0));
   }
+  p.total_queries = a.q.size(token);
+  p.total_keys = a.k.size(token);
   p.q = heads_view(a.q, p.dtype, packed);
   p.k = heads_view(a.k, p.dtype, packed);
   p.v = heads_view(a.v, p.dtype, packed);
@@ -184,6 +192,7 @@ FlashAttentionParams checked_params(const Arguments& a) {
                    "sink: expected a contiguous [", p.heads, "], got ", shape_of(*a.sink));
     p.sink = static_cast<const char*>(a.sink->data());
   }
+  if (gpu) prepare_for_gpu(op, p);
   return p;
 }
 
@@ -224,6 +233,10 @@ Forward forward(const Arguments& a, Wanted wanted) {
   if (wanted == Wanted::softmax_state) {
     result.softmax_state = allocate({p.batch, p.heads, tokens, 2}, compute);
     p.softmax_state = static_cast<char*>(result.softmax_state->mutable_data_ptr());
+  }
+  if (on_gpu(a.q)) {
+    flash_attention_fwd_on_gpu(a.op(), p, a.q);
+    return result;
   }
   if (packed) fill_unowned_rows(p, result.out, result.lse ? &*result.lse : nullptr);
 
@@ -278,6 +291,10 @@ Tensor bias_gradient(const char* op, FlashAttentionParams& p, const TensorRef& b
   if (sums.numel() == 0) return sums;
   p.dbias = scores_view(op, sums, "attn_bias", p);
   p.dbias.dtype = type == ScalarType::Double ? Dtype::f64 : Dtype::f32;
+  if (on_gpu(bias)) {
+    flash_attention_dbias_on_gpu(op, p, bias);
+    return torch::stable::to(sums, bias.scalar_type());
+  }
   const int64_t rows = p.queries * p.group;
   const int64_t batches = p.dbias.batch ? p.batch : 1, heads = p.dbias.head ? p.kv_heads : 1;
   const int64_t step = std::max<int64_t>(1, kBackwardRows / p.group) * p.group;  // a query's rows stay together
@@ -345,7 +362,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(const Ten
     p.dlse_head = dlse->stride(packed ? 0 : 1);
     p.dlse_token = dlse->stride(packed ? 1 : 2);
   }
-  if (packed) {
+  const bool gpu = on_gpu(q);
+  if (packed && !gpu) {
     fill_unowned_rows(p, dq, nullptr);
     const int64_t owned = p.cu_k[p.batch], tokens = k.size(0);
     for (Tensor* t : {&dk, &dv}) {
@@ -358,6 +376,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(const Ten
   if (sink) {
     dsink_partial = new_empty(q, {p.batch, p.heads}, compute_type(p.dtype));
     p.dsink = static_cast<char*>(dsink_partial.mutable_data_ptr());
+  }
+  if (gpu) {
+    flash_attention_bwd_on_gpu(op, p, q);
+    if (sink) sum_blocks(Dtype::f32, dsink_partial, dsink);
+    Tensor dbias = bias_grad ? bias_gradient(op, p, *bias) : new_empty(q, {0}, q.scalar_type());
+    return {dq, dk, dv, dbias, dsink};
   }
   parallel_for(p.batch * p.heads, 1 + 16384 / (p.queries * p.value_dim + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) flash_attention_delta_kernel(p, i / p.heads, i % p.heads);

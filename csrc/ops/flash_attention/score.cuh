@@ -245,6 +245,33 @@ GK_DEVICE float unit_of_exponent(const FlashAttentionParams& p) {
   return (scores_are_modified(p) ? 1.f : float(p.scale)) * kLog2e;
 }
 
+// The end of a row: its sum with the sink's share, and what the largest probability is beside the sink's.
+struct RowEnd {
+  float total, beside_sink;
+  double top;  // log(total) + top is lse
+};
+GK_DEVICE RowEnd end_of_row(const FlashAttentionParams& p, int head, float max, float sum) {
+  const double exact_unit = scores_are_modified(p) ? 1 : p.scale;
+  RowEnd end{sum, 1.f, double(max) * exact_unit};
+  if (!p.sink) return end;
+  const float top = max * float(exact_unit), sink = reinterpret_cast<const float*>(p.sink)[head];
+  const float higher = top > sink ? top : sink;
+  end.beside_sink = top == -kAttentionInfinity ? 0.f : expf(top - higher);
+  end.total = sum * end.beside_sink + expf(sink - higher);
+  if (!(top > sink)) end.top = sink;
+  return end;
+}
+// lse and softmax_state, where they are given; out is the sum of p v, times beside_sink / total.
+GK_DEVICE void store_row_state(const FlashAttentionParams& p, int64_t row, float max, const RowEnd& end) {
+  if (p.lse)
+    reinterpret_cast<float*>(p.lse)[row] =
+        end.total == 0 ? -kAttentionInfinity : float(end.top + log(double(end.total)));
+  if (!p.softmax_state) return;
+  float* state = reinterpret_cast<float*>(p.softmax_state) + 2 * row;
+  state[0] = max;
+  state[1] = end.total == 0 ? 0.f : end.beside_sink / end.total;
+}
+
 // The gradient that came in for lse. A row with one key has P = 1, dP = delta + dlse and dS = dlse; dP - delta would leave
 // two roundings in the place of its zero. So where P is exactly 1 in a tile that may hide keys, dS is this.
 GK_DEVICE float dlse_of(const FlashAttentionParams& p, const Sequence& s, int head, int query) {
