@@ -11,6 +11,7 @@
 #pragma once
 #include "cuda/hopper_tile.cuh"
 #include "ops/flash_attention/fragment.cuh"
+#include "ops/flash_attention/simt.cuh"
 
 namespace genai_kernels {
 
@@ -33,7 +34,8 @@ struct ForwardStorage {
   SharedTile<Shape::kBlockM, kDim> q;
   SharedTile<Shape::kBlockN, kDim> k[Shape::kStages], v[Shape::kStages];
   uint64_t q_full, k_full[Shape::kStages], k_empty[Shape::kStages], v_full[Shape::kStages], v_empty[Shape::kStages];
-  int repeat;  // not 0: a sum was not finite
+  int repeat;          // not 0: a sum was not finite
+  float room[8][32];  // of each warp, for simt::attend_row
 };
 
 struct ForwardArguments {
@@ -262,30 +264,23 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, 1)
   float factor[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float total = quad_sum(softmax.sum[h]), beside_sink = 1;
-    double top = double(softmax.max[h]) * (modified ? 1 : p.scale);
-    if (kExtras && p.sink && tile.owned) {
-      const float sink = reinterpret_cast<const float*>(p.sink)[tile.head];
-      const float scaled = float(top), higher = fmaxf(scaled, sink);
-      beside_sink = scaled == -kAttentionInfinity ? 0.f : expf(scaled - higher);
-      total = total * beside_sink + expf(sink - higher);
-      if (!(scaled > sink)) top = sink;
-    }
-    const float inverse = total == 0 ? 0.f : 1 / total;
-    factor[h] = beside_sink * inverse;
+    const float total = quad_sum(softmax.sum[h]);
+    const RowEnd end = tile.owned ? end_of_row(p, tile.head, softmax.max[h], total) : RowEnd{0.f, 0.f, 0.};
+    factor[h] = end.total == 0 ? 0.f : end.beside_sink / end.total;
     const int row = row0 + 8 * h;
-    if (row >= tile.count || threadIdx.x % 4) continue;
-    const int64_t to = s.row(p, tile.head, tile.begin + row);
-    if (p.lse)
-      reinterpret_cast<float*>(p.lse)[to] = total == 0 ? -kAttentionInfinity : float(top + double(logf(total)));
-    if (p.softmax_state)
-      reinterpret_cast<float2*>(p.softmax_state)[to] = make_float2(softmax.max[h], factor[h]);
+    if (row < tile.count && threadIdx.x % 4 == 0)
+      store_row_state(p, s.row(p, tile.head, tile.begin + row), softmax.max[h], end);
   }
   const bool in_16_bytes = p.out.dim == 1 && p.value_dim % 8 == 0;  // the host's own tensor: contiguous and aligned
   const int64_t query_begin = s.query_begin + tile.begin;
   store_rows<T>(output, factor, tile.count - warpgroup * 64, int(p.value_dim), p.out.dim, in_16_bytes, [&](int row) {
     return token_at<T>(p.out, s.batch, query_begin + warpgroup * 64 + row, tile.head);
   });
+  if (!cleared) return;
+  __syncwarp();
+  const int warp = threadIdx.x / 32;
+  for (int row = warp * 16; row < warp * 16 + 16 && row < tile.count; ++row)
+    simt::attend_row<T>(p, s, tile.head, tile.begin + row, 0, true, shared.room[warp]);
 }
 
 }  // namespace genai_kernels
