@@ -61,6 +61,13 @@ GK_DEVICE void named_barrier_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// x, of which the compiler no longer knows where it comes from: what follows from it is computed where it is used, and not
+// ahead of a loop for every element of an unrolled tile, which no registers are left for.
+GK_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- registers that a warpgroup hands back to the block, or takes from it (it waits until they are there) ----
 template <int kRegisters>
 GK_DEVICE void decrease_registers() {

@@ -47,6 +47,7 @@ GK_DEVICE void register_fence(uint32_t (&r)[kCount]) {
 #define GK_D8(i)                                                                                            \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
+#define GK_D16 GK_D8(0), GK_D8(8)
 #define GK_D32(i) GK_D8(i), GK_D8(i + 8), GK_D8(i + 16), GK_D8(i + 24)
 
 #define GK_WGMMA_TEXT(n, type, d, a, b, accumulate, transposes)                                           \
@@ -85,6 +86,7 @@ GK_DEVICE void register_fence(uint32_t (&r)[kCount]) {
 #define GK_D96 GK_D64, GK_D32(64)
 #define GK_D128 GK_D96, GK_D32(96)
 
+GK_WGMMA(32, GK_TEN() ", %10, %11, %12, %13, %14, %15", GK_D16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 GK_WGMMA(64, GK_TEN() ", " GK_TEN(1) ", " GK_TEN(2) ", %30, %31", GK_D32(0), "%32", "%33", "%34", "%35", "%36", "%37",
          "%38")
 GK_WGMMA(80, GK_TENS_40, GK_D40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
@@ -102,6 +104,7 @@ GK_WGMMA(256, GK_TENS_90 ", " GK_TEN(9) ", " GK_TEN(10) ", " GK_TEN(11) ", %120,
 #undef GK_TENS_40
 #undef GK_TENS_90
 #undef GK_D8
+#undef GK_D16
 #undef GK_D32
 #undef GK_D40
 #undef GK_D48

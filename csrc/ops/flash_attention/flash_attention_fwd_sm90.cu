@@ -17,7 +17,7 @@ BoxedTensor boxed(const FlashAttentionParams& p, const HeadsView& view, bool of_
 
 template <class T, int kDim, bool kExtras>
 cudaError_t launch_shape(const FlashAttentionParams& p, cudaStream_t stream) {
-  using Shape = ForwardShape<kDim>;
+  using Shape = ForwardShape<kDim, kExtras>;
   ForwardArguments arguments;
   arguments.p = p;
   cudaError_t error = encode_tensor_map(&arguments.q, boxed(p, p.q, true, p.head_dim), p.dtype, Shape::kBlockM, kDim);
@@ -27,8 +27,8 @@ cudaError_t launch_shape(const FlashAttentionParams& p, cudaStream_t stream) {
     error = encode_tensor_map(&arguments.v, boxed(p, p.v, false, p.value_dim), p.dtype, Shape::kBlockN, kDim);
   if (error != cudaSuccess) return error;
   const auto kernel = flash_attention_fwd_sm90_kernel<T, kDim, kExtras>;
-  return launch(kernel, dim3(unsigned(row_tiles(p, Shape::kBlockM))), Shape::kThreads, int(sizeof(ForwardStorage<kDim>)),
-                stream, arguments);
+  return launch(kernel, dim3(unsigned(row_tiles(p, Shape::kBlockM))), Shape::kThreads,
+                int(sizeof(ForwardStorage<kDim, kExtras>)), stream, arguments);
 }
 
 }  // namespace

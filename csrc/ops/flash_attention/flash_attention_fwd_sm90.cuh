@@ -16,11 +16,12 @@
 namespace genai_kernels {
 
 // Registers of a consumer thread: kDim / 2 of O, kBlockN / 2 of S, kBlockN / 4 of P, of 240. Shared memory: (kBlockM + 4
-// kBlockN) kDim elements of 227 KiB. Both allow 128 keys up to dim 128, 96 for 192 and 80 for 256.
-template <int kDim>
+// kBlockN) kDim elements of 227 KiB. Both allow 128 keys up to dim 128, 96 for 192 and 80 for 256. What modifies a score
+// (kExtras) wants registers beside, and takes longer than the products anyway: 64 keys, or 32.
+template <int kDim, bool kExtras>
 struct ForwardShape {
   static constexpr int kBlockM = 128, kConsumers = kBlockM / 64;
-  static constexpr int kBlockN = kDim <= 128 ? 128 : kDim == 192 ? 96 : 80;
+  static constexpr int kBlockN = kExtras ? (kDim <= 128 ? 64 : 32) : kDim <= 128 ? 128 : kDim == 192 ? 96 : 80;
   static constexpr int kStages = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
 };
@@ -28,9 +29,9 @@ struct ForwardShape {
 inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
 
-template <int kDim>
+template <int kDim, bool kExtras>
 struct ForwardStorage {
-  using Shape = ForwardShape<kDim>;
+  using Shape = ForwardShape<kDim, kExtras>;
   SharedTile<Shape::kBlockM, kDim> q;
   SharedTile<Shape::kBlockN, kDim> k[Shape::kStages], v[Shape::kStages];
   uint64_t q_full, k_full[Shape::kStages], k_empty[Shape::kStages], v_full[Shape::kStages], v_empty[Shape::kStages];
@@ -73,10 +74,10 @@ struct RowSoftmax {
 
 // kExtras: scores that are modified, and dropout.
 template <class T, int kDim, bool kExtras>
-__global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, 1)
+__global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
     flash_attention_fwd_sm90_kernel(const __grid_constant__ ForwardArguments arguments) {
-  using Shape = ForwardShape<kDim>;
-  using Storage = ForwardStorage<kDim>;
+  using Shape = ForwardShape<kDim, kExtras>;
+  using Storage = ForwardStorage<kDim, kExtras>;
   constexpr int kBlockN = Shape::kBlockN, kStages = Shape::kStages, kConsumers = Shape::kConsumers;
   static_assert(sizeof(Storage) <= 227 * 1024);
   GK_SHARED(raw);
@@ -173,22 +174,11 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, 1)
   };
   const auto score_and_softmax = [&](int step) {
     const int key = visit.begin + step * kBlockN;
-    if (modified) {
-#pragma unroll
-      for (int i = 0; i < kBlockN / 2; ++i) {
-        const int at = key + column_of(i), h = row_half(i);
-        float unused;
-        scores[i] = first[h] <= at && at <= last[h]
-                        ? extra.modify(p, scores[i], tile.begin + row0 + 8 * h, at, unused)
-                        : -kAttentionInfinity;
-      }
-    } else if (!visit.full(key)) {
-#pragma unroll
-      for (int i = 0; i < kBlockN / 2; ++i) {
-        const int at = key + column_of(i), h = row_half(i);
-        if (at < first[h] || at > last[h]) scores[i] = -kAttentionInfinity;
-      }
-    }
+    const Place<false> place{tile.begin + row0, key + column_of(0), {first[0], first[1]}, {last[0], last[1]}};
+    if (modified)
+      modify_tile<false>(p, extra, place, scores, nullptr);
+    else if (!visit.full(key))
+      hide(place, scores);
     softmax.step(scores, unit, alpha);
     if constexpr (kExtras)
       if (p.dropout_p > 0) drop_rows(p, s.batch, tile.head, tile.begin + row0, key, scores);

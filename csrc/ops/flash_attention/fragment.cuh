@@ -45,10 +45,88 @@ GK_DEVICE void pack_operand(const float (&from)[kRegisters], uint32_t (&to)[kReg
   for (int i = 0; i < kRegisters / 2; ++i) to[i / 4][i % 4] = pack<T>(from[2 * i], from[2 * i + 1]);
 }
 
-// This thread's two rows, queries or keys of a tile: the part of the columns that each sees.
-struct VisibleRange {
-  int first[2], last[2];  // columns of the sequence, inclusive; first > last: none
+// Where a thread's part of a tile of scores lies, in positions within the sequence, and what is within the window: of row
+// h, columns [first[h], last[h]]. Queries are the rows, or (kKeysInRows) the columns.
+template <bool kKeysInRows>
+struct Place {
+  int row, column;  // of register 0
+  int first[2], last[2];
+
+  GK_DEVICE int row_of(int i) const { return row + 8 * row_half(i); }
+  GK_DEVICE int column_of(int i) const { return column + i / 4 * 8 + (i & 1); }
+  GK_DEVICE int query(int i) const { return kKeysInRows ? column_of(i) : row_of(i); }
+  GK_DEVICE int key(int i) const { return kKeysInRows ? row_of(i) : column_of(i); }
+  GK_DEVICE bool seen(int i) const {
+    return first[row_half(i)] <= column_of(i) && column_of(i) <= last[row_half(i)];
+  }
+  // The same; nothing that follows from it is kept in registers from one use to the next.
+  GK_DEVICE Place again() const {
+    Place at = *this;
+    at.row = opaque(row);
+    at.column = opaque(column);
+    return at;
+  }
 };
+
+// -inf for what lies outside of the window.
+template <bool kKeysInRows, int kRegisters>
+GK_DEVICE void hide(const Place<kKeysInRows>& at, float (&s)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i)
+    if (!at.seen(i)) s[i] = -kAttentionInfinity;
+}
+
+// Scores::modify of a whole tile, one feature after the other, so that what a call does not ask for costs it nothing.
+// Outside of the window nothing is read, and the score becomes -inf. kWithSlope: also d(score) / d(scale * product),
+// where there is a softcap.
+template <bool kWithSlope, bool kKeysInRows, int kRegisters>
+GK_DEVICE void modify_tile(const FlashAttentionParams& p, const Scores& scores, const Place<kKeysInRows>& place,
+                           float (&s)[kRegisters], float* slope_of_cap) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) s[i] *= scores.scale;
+  if (p.softcap > 0)
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      const float t = tanhf(s[i] * scores.per_cap);
+      if constexpr (kWithSlope) slope_of_cap[i] = 1 - t * t;
+      s[i] = scores.cap * t;
+    }
+  if (p.slopes) {
+    const Place at = place.again();
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      const int distance = at.query(i) + scores.shift - at.key(i);
+      s[i] -= scores.slope * float(distance < 0 ? -distance : distance);
+    }
+  }
+  const auto add_bias = [&](const auto* bias) {
+    bias += scores.bias;
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      const Place at = place.again();
+      if (!at.seen(i)) continue;
+      const float added = to_float(bias[at.query(i) * p.bias.query + at.key(i) * p.bias.key]);
+      s[i] = added == -kAttentionInfinity ? added : s[i] + added;
+    }
+  };
+  if (p.bias.data) {
+    if (p.bias.dtype == Dtype::f32)
+      add_bias(reinterpret_cast<const float*>(p.bias.data));
+    else if (p.bias.dtype == Dtype::bf16)
+      add_bias(reinterpret_cast<const bf16*>(p.bias.data));
+    else
+      add_bias(reinterpret_cast<const fp16*>(p.bias.data));
+  }
+  if (p.mask.data) {
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      const Place at = place.again();
+      if (at.seen(i) && !p.mask.data[scores.mask + at.query(i) * p.mask.query + at.key(i) * p.mask.key])
+        s[i] = -kAttentionInfinity;
+    }
+  }
+  hide(place.again(), s);
+}
 
 // Dropout of a tile of probabilities whose first key is `key`, a multiple of 8: what a word drops becomes 0, the rest is
 // multiplied. Four neighbouring keys share one Philox; a quad's even lanes compute it for the upper row and odd ones for
@@ -61,7 +139,7 @@ GK_DEVICE void drop_rows(const FlashAttentionParams& p, int batch, int head, int
 #pragma unroll
   for (int j = 0; j < kRegisters / 4; ++j) {
     uint32_t words[4];
-    dropout_words(p, batch, head, own_query, key + 8 * j + in_eight, words);
+    dropout_words(p, batch, head, opaque(own_query), key + 8 * j + in_eight, words);
     uint32_t mine[2], others[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {

@@ -28,6 +28,8 @@ void named_barrier_arrive(int id) {
   simulator::named_barrier(id, kThreads, false);
 }
 
+inline int opaque(int x) { return x; }
+
 template <int kRegisters>
 void decrease_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
