@@ -10,6 +10,8 @@
 #include "core/dtype.h"
 
 #define GK_DEVICE __device__ __forceinline__
+// What hardly ever runs: called, so that it takes no registers from what does.
+#define GK_DEVICE_COLD __device__ __noinline__
 // The dynamic shared memory of a block, aligned to 1024 bytes (what a swizzled TMA box asks for).
 #define GK_SHARED(name) extern __shared__ __align__(1024) char name[]
 

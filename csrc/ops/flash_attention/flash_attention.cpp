@@ -38,11 +38,13 @@ HeadsView heads_view(const TensorRef& t, Dtype dtype, bool packed) {
   HeadsView view;
   view.data = static_cast<char*>(t.data());
   view.dtype = dtype;
-  const int64_t* strides = t.strides().data();
-  if (!packed) view.batch = *strides++;
-  view.token = strides[0];
-  view.head = strides[1];
-  view.dim = strides[2];
+  // the stride of a dimension of one element means nothing, and must not hide that the rest is aligned
+  const auto stride = [&](int64_t d, int64_t of_one) { return t.size(d) == 1 ? of_one : t.stride(d); };
+  const int64_t token = packed ? 0 : 1;
+  if (!packed) view.batch = stride(0, 0);
+  view.token = stride(token, 0);
+  view.head = stride(token + 1, 0);
+  view.dim = stride(token + 2, 1);
   return view;
 }
 

@@ -8,6 +8,7 @@
 #include "cuda_words.h"
 
 #define GK_DEVICE inline
+#define GK_DEVICE_COLD [[gnu::noinline]] inline
 #define GK_SHARED(name) char* name = simulator::shared()
 
 namespace genai_kernels {
