@@ -1,19 +1,13 @@
 // Launcher of the forward kernels for Hopper.
 #include "core/switch.h"
 #include "cuda/launch.cuh"
-#include "cuda/tensor_map.cuh"
 #include "ops/flash_attention/flash_attention_fwd_sm90.cuh"
 #include "ops/flash_attention/flash_attention_gpu.h"
 
 namespace genai_kernels {
 namespace {
 
-BoxedTensor boxed(const FlashAttentionParams& p, const HeadsView& view, bool of_queries, int64_t dim) {
-  const bool packed = p.cu_q;
-  const int64_t tokens = of_queries ? (packed ? p.total_queries : p.queries) : (packed ? p.total_keys : p.keys);
-  return {view.data,          dim, tokens, of_queries ? p.heads : p.kv_heads, packed ? 1 : p.batch, view.token, view.head,
-          packed ? 8 : view.batch};
-}
+using namespace sm90;
 
 template <class T, int kDim, bool kExtras>
 cudaError_t launch_shape(const FlashAttentionParams& p, cudaStream_t stream) {
@@ -27,21 +21,19 @@ cudaError_t launch_shape(const FlashAttentionParams& p, cudaStream_t stream) {
     error = encode_tensor_map(&arguments.v, boxed(p, p.v, false, p.value_dim), p.dtype, Shape::kBlockN, kDim);
   if (error != cudaSuccess) return error;
   const auto kernel = flash_attention_fwd_sm90_kernel<T, kDim, kExtras>;
-  return launch(kernel, dim3(unsigned(row_tiles(p, Shape::kBlockM))), Shape::kThreads,
+  return launch(kernel, dim3(unsigned(row_tiles(p, Shape::kBlockM))), kThreads,
                 int(sizeof(ForwardStorage<kDim, kExtras>)), stream, arguments);
 }
 
 }  // namespace
 
 bool flash_attention_fwd_sm90_serves(const FlashAttentionParams& p) {
-  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-  return (p.dtype == Dtype::bf16 || p.dtype == Dtype::f16) && dim <= 256 && p.q.dim == 1 && p.k.dim == 1 &&
-         p.v.dim == 1 && boxed(p, p.q, true, p.head_dim).fits() && boxed(p, p.k, false, p.head_dim).fits() &&
-         boxed(p, p.v, false, p.value_dim).fits();
+  return (p.dtype == Dtype::bf16 || p.dtype == Dtype::f16) && widest_dim(p) <= 256 &&
+         fits(p, p.q, true, p.head_dim) && fits(p, p.k, false, p.head_dim) && fits(p, p.v, false, p.value_dim);
 }
 
 cudaError_t launch_flash_attention_fwd_sm90(const FlashAttentionParams& p, cudaStream_t stream) {
-  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+  const int64_t dim = widest_dim(p);
   const bool extras = scores_are_modified(p) || p.dropout_p > 0 || p.sink;
   cudaError_t error = cudaSuccess;
   const auto with_dim = [&](auto type, auto has_extras) {

@@ -9,42 +9,33 @@
 // Head dims are those of the tile, 64 to 256; TMA fills what a tensor lacks with zeros. Keys go from the last tile to
 // the first: the masked tiles of a causal call come first, where no product waits for them.
 #pragma once
-#include "cuda/hopper_tile.cuh"
-#include "ops/flash_attention/fragment.cuh"
-#include "ops/flash_attention/simt.cuh"
+#include "ops/flash_attention/sm90.cuh"
 
-namespace genai_kernels {
+namespace genai_kernels::sm90 {
 
 // Registers of a consumer thread: kDim / 2 of O, kBlockN / 2 of S, kBlockN / 4 of P, of 240. Shared memory: (kBlockM + 4
 // kBlockN) kDim elements of 227 KiB. Both allow 128 keys up to dim 128, 96 for 192 and 80 for 256. What modifies a score
 // (kExtras) wants registers beside, and takes longer than the products anyway: 64 keys, or 32.
 template <int kDim, bool kExtras>
 struct ForwardShape {
-  static constexpr int kBlockM = 128, kConsumers = kBlockM / 64;
+  static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = kExtras ? (kDim <= 128 ? 64 : 32) : kDim <= 128 ? 128 : kDim == 192 ? 96 : 80;
   static constexpr int kStages = 2;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
-};
-// 65536 registers: 168 for each of 384 threads. setmaxnreg moves them from the producer to the consumers.
-inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
-
+  };
 template <int kDim, bool kExtras>
 struct ForwardStorage {
   using Shape = ForwardShape<kDim, kExtras>;
   SharedTile<Shape::kBlockM, kDim> q;
   SharedTile<Shape::kBlockN, kDim> k[Shape::kStages], v[Shape::kStages];
   uint64_t q_full, k_full[Shape::kStages], k_empty[Shape::kStages], v_full[Shape::kStages], v_empty[Shape::kStages];
-  int repeat;          // not 0: a sum was not finite
-  float room[8][32];  // of each warp, for simt::attend_row
+  int repeat;
+  float room[kWarps][32];  // for simt::attend_row
 };
 
 struct ForwardArguments {
   CUtensorMap q, k, v;
   FlashAttentionParams p;
 };
-
-enum NamedBarrier { kFirstTurn = 1, kVerdict = 3, kConsumersMeet = 4 };
 
 // The running softmax of a thread's two rows.
 struct RowSoftmax {
@@ -74,11 +65,11 @@ struct RowSoftmax {
 
 // kExtras: scores that are modified, and dropout.
 template <class T, int kDim, bool kExtras>
-__global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     flash_attention_fwd_sm90_kernel(const __grid_constant__ ForwardArguments arguments) {
   using Shape = ForwardShape<kDim, kExtras>;
   using Storage = ForwardStorage<kDim, kExtras>;
-  constexpr int kBlockN = Shape::kBlockN, kStages = Shape::kStages, kConsumers = Shape::kConsumers;
+  constexpr int kBlockN = Shape::kBlockN, kStages = Shape::kStages;
   static_assert(sizeof(Storage) <= 227 * 1024);
   GK_SHARED(raw);
   Storage& shared = *reinterpret_cast<Storage*>(raw);
@@ -89,8 +80,6 @@ __global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
   if (tile.count <= 0) return;
   const Visit visit = tile.owned ? keys_to_visit(p, s, tile.begin, tile.count, kBlockN) : Visit{0, 0, 0, 0};
   const int steps = (visit.end - visit.begin + kBlockN - 1) / kBlockN;
-  // A hidden key's V is multiplied by 0. If that makes a sum NaN, all is done again with V cleared.
-  const bool may_repeat = steps > 0 && (hides_within_tiles(p) || p.cu_k);
 
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
@@ -98,11 +87,11 @@ __global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(&shared.k_full[stage], 1);
       barrier_init(&shared.v_full[stage], 1);
-      barrier_init(&shared.k_empty[stage], 4 * kConsumers);  // one arrival of each warp
-      barrier_init(&shared.v_empty[stage], 4 * kConsumers);
+      barrier_init(&shared.k_empty[stage], kWarps);
+      barrier_init(&shared.v_empty[stage], kWarps);
     }
     barrier_init_fence();
-    shared.repeat = 0;
+    shared.repeat = first_verdict(p);
   }
   __syncthreads();
 
@@ -127,9 +116,9 @@ __global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
           shared.v[at.stage].load(&arguments.v, &shared.v_full[at.stage], token, kv_head, batch);
         }
       }
-      if (pass == 1 || !may_repeat) return;
+      if (pass == 1 || shared.repeat < 0) return;
       named_barrier_sync<128 * kConsumers + 32>(kVerdict);
-      if (!shared.repeat) return;
+      if (shared.repeat == 0) return;
     }
     return;
   }
@@ -168,9 +157,6 @@ __global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
     for (int k = 0; k < kBlockN / 16; ++k)
       wgmma_registers<T, true>(output, probabilities[k], shared.v[stage].along_rows(k), 1);
     wgmma_commit();
-  };
-  const auto release = [&](uint64_t* empty) {  // a warp speaks for itself: it has waited for its own products only
-    if (lane == 0) barrier_arrive(empty);
   };
   const auto score_and_softmax = [&](int step) {
     const int key = visit.begin + step * kBlockN;
@@ -239,14 +225,14 @@ __global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
       release(&shared.v_empty[at.stage]);
       at = at.next();
     }
-    if (cleared || !may_repeat) break;
+    if (cleared || shared.repeat < 0) break;
     bool finite = true;
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i)
       finite = finite && (row0 + 8 * row_half(i) >= tile.count || output[i] - output[i] == 0);
     if (!finite) shared.repeat = 1;
     named_barrier_sync<128 * kConsumers + 32>(kVerdict);
-    if (!shared.repeat) break;
+    if (shared.repeat == 0) break;
     cleared = true;
   }
 
@@ -261,11 +247,10 @@ __global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
     if (row < tile.count && threadIdx.x % 4 == 0)
       store_row_state(p, s.row(p, tile.head, tile.begin + row), softmax.max[h], end);
   }
-  const bool in_16_bytes = p.out.dim == 1 && p.value_dim % 8 == 0;  // the host's own tensor: contiguous and aligned
-  const int64_t query_begin = s.query_begin + tile.begin;
-  store_rows<T>(output, factor, tile.count - warpgroup * 64, int(p.value_dim), p.out.dim, in_16_bytes, [&](int row) {
-    return token_at<T>(p.out, s.batch, query_begin + warpgroup * 64 + row, tile.head);
-  });
+  const int64_t query_begin = s.query_begin + tile.begin + warpgroup * 64;
+  store_rows<T>(output, factor, tile.count - warpgroup * 64, int(p.value_dim), p.out.dim,
+                in_16_bytes(p.out, p.value_dim),
+                [&](int row) { return token_at<T>(p.out, s.batch, query_begin + row, tile.head); });
   if (!cleared) return;
   __syncwarp();
   const int warp = threadIdx.x / 32;
@@ -273,4 +258,4 @@ __global__ void __launch_bounds__(ForwardShape<kDim, kExtras>::kThreads, 1)
     simt::attend_row<T>(p, s, tile.head, tile.begin + row, 0, true, shared.room[warp]);
 }
 
-}  // namespace genai_kernels
+}  // namespace genai_kernels::sm90

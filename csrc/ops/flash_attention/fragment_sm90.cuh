@@ -5,7 +5,7 @@
 #include "cuda/wgmma_ptx.cuh"
 #include "ops/flash_attention/score.cuh"
 
-namespace genai_kernels {
+namespace genai_kernels::sm90 {
 
 GK_DEVICE constexpr int row_half(int i) { return i >> 1 & 1; }
 GK_DEVICE int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + (i & 1); }
@@ -155,6 +155,12 @@ GK_DEVICE void drop_rows(const FlashAttentionParams& p, int batch, int head, int
   }
 }
 
+// True if store_rows may write 16 bytes at once.
+GK_DEVICE bool in_16_bytes(const HeadsView& to, int64_t dim) {
+  return to.dim == 1 && ((to.batch | to.token | to.head | dim) & 7) == 0 &&
+         (reinterpret_cast<uintptr_t>(to.data) & 15) == 0;
+}
+
 // 64 rows of sums to memory as T, each times its factor: row `row` of the tile to to(row), where count says it exists.
 // A quad collects 16 bytes for each lane where all of memory is in multiples of that.
 template <class T, int kRegisters, class RowAddress>
@@ -186,4 +192,4 @@ GK_DEVICE void store_rows(const float (&sums)[kRegisters], const float (&factor)
   }
 }
 
-}  // namespace genai_kernels
+}  // namespace genai_kernels::sm90
