@@ -18,11 +18,12 @@ struct Forward {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   // Two tiles of rows for a warp where O fits in its registers: every fragment of K and V then feeds twice the products,
   // and shared memory, which one tile keeps as busy as the tensor cores, is no limit.
-  static constexpr int kTiles = kDim <= 128 && !(kExtras && kDim > 64) ? 2 : 1;
+  static constexpr int kTiles = kDim <= 128 && !kExtras ? 2 : 1;
   static constexpr int kRows = 16 * kTiles * kWarps;
-  // Keys of a step: S of them in registers. With 64 of dim 256, Q, K and V are 96 KiB, what every card has.
-  static constexpr int kKeys = 64;
-  static constexpr int kSharedBytes = (kRows + 2 * kKeys) * kDim * int(sizeof(T));
+  // Keys of a step: S of them lies in registers beside O. With 64 of dim 256, Q, K and V are 96 KiB, what every card has.
+  static constexpr int kKeys = (kExtras ? kDim > 128 : kTiles == 2 && kDim > 64) ? 32 : 64;
+  static constexpr int kTileBytes = (kRows + 2 * kKeys) * kDim * int(sizeof(T));
+  static constexpr int kSharedBytes = kTileBytes + (kExtras ? kRows * kKeys * int(sizeof(float)) : 0);
 };
 
 template <class C>
@@ -67,26 +68,23 @@ struct ForwardBlock {
           }
       }
   }
-  // Products to scores; hidden ones to -inf.
+  // Products to scores; hidden ones to -inf. A loop over one element at a time, which cannot be one over registers: each
+  // thread has a column of shared memory.
   GK_DEVICE void modify(float (&s)[kTiles][kColumns][4], int key) const {
+    float* mine = reinterpret_cast<float*>(reinterpret_cast<char*>(q.data) + C::kTileBytes) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kTiles * kColumns * 4; ++i) mine[i * C::kThreads] = s[i / (4 * kColumns)][i / 4 % kColumns][i % 4];
     const Scores scores(p, t.sequence, t.head);
-    const int column = key + int(threadIdx.x) % 4 * 2;
+#pragma unroll 1
+    for (int i = 0; i < kTiles * kColumns * 4; ++i) {
+      const int row = query(i / (4 * kColumns), i % 4 / 2), at = key + i / 4 % kColumns * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
+      float unused, x = -kAttentionInfinity;
+      if (row < t.sequence.queries && first_key(p, t.sequence, row) <= at && at <= last_key(p, t.sequence, row))
+        x = scores.modify(p, mine[i * C::kThreads], row, at, unused);
+      mine[i * C::kThreads] = x;
+    }
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = query(i, half);
-        const int first = first_key(p, t.sequence, row);
-        const int last = row < t.sequence.queries ? last_key(p, t.sequence, row) : -1;  // there is no bias for more rows
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int at = column + 8 * j + e;
-            float unused, &x = s[i][j][2 * half + e];
-            x = first <= at && at <= last ? scores.modify(p, x, row, at, unused) : -kAttentionInfinity;
-          }
-      }
+    for (int i = 0; i < kTiles * kColumns * 4; ++i) s[i / (4 * kColumns)][i / 4 % kColumns][i % 4] = mine[i * C::kThreads];
   }
 
   // Scores to probabilities, in place, under the maximum so far; O and the sums follow it.
@@ -121,15 +119,17 @@ struct ForwardBlock {
 
   GK_DEVICE void drop(float (&s)[kTiles][kColumns][4], int key) const {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
+    for (int i = 0; i < kTiles; ++i) {
+      uint32_t keep = 0;  // a bit for an element
+#pragma unroll 1
+      for (int j = 0; j < kColumns; ++j)
+        keep |= dropout_keeps(p, t.sequence.batch, t.head, query(i, 0), key + 8 * j) << 4 * j;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        bool keep[4];
-        dropout_keeps(p, t.sequence.batch, t.head, query(i, 0), key + 8 * j, keep);
+      for (int j = 0; j < kColumns; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          if (!keep[e]) s[i][j][e] = 0;
-      }
+          if (!(keep >> (4 * j + e) & 1)) s[i][j][e] = 0;
+    }
   }
 
   // O and the sums over all visible keys. `finite`: with zeros in the place of NaN and infinities in V.
@@ -212,17 +212,22 @@ GK_DEVICE_COLD void fill_unowned_rows(const FlashAttentionParams& p, const Tile&
   }
 }
 
+// Two blocks of 128 threads leave each thread 255 registers.
 template <class C>
-__global__ void __launch_bounds__(C::kThreads) flash_attention_fwd_sm80_kernel(FlashAttentionParams p) {
+__global__ void __launch_bounds__(C::kThreads, 2)
+flash_attention_fwd_sm80_kernel(const __grid_constant__ FlashAttentionParams p) {
   using T = typename C::T;
   GK_SHARED(memory);
   const Tile t = row_tile_at(p, C::kRows, blockIdx.x);
   if (t.count == 0) return;
   if (!t.owned) return fill_unowned_rows<T>(p, t, C::kThreads);
   ForwardBlock<C> block(p, t, reinterpret_cast<T*>(memory));
-  block.attend(false);
-  const bool dirty = hides_within_tiles(p) && __syncthreads_or(!all_finite(block.o));
-  if (dirty) block.attend(true);
+  bool dirty = false;
+#pragma unroll 1
+  for (int pass = 0; pass == 0 || (pass == 1 && dirty); ++pass) {
+    block.attend(dirty);
+    dirty = hides_within_tiles(p) && (dirty || __syncthreads_or(!all_finite(block.o)));
+  }
   block.finish();
   if (!dirty) return;
   __syncthreads();  // the rows are written, and their staging is read

@@ -273,7 +273,8 @@ GK_DEVICE void store_row_state(const FlashAttentionParams& p, int64_t row, float
 }
 
 // The gradient that came in for lse. A row with one key has P = 1, dP = delta + dlse and dS = dlse; dP - delta would leave
-// two roundings in the place of its zero. So where P is exactly 1 in a tile that may hide keys, dS is this.
+// two roundings in the place of its zero. So in a tile that may hide keys, where a row's inverse is exactly 1 (its other
+// probabilities together are below 2^-24) and P is not small, dS is this.
 GK_DEVICE float dlse_of(const FlashAttentionParams& p, const Sequence& s, int head, int query) {
   if (!p.dlse) return 0;
   return reinterpret_cast<const float*>(

@@ -145,8 +145,9 @@ GK_DEVICE Pair differentiate_pair(const FlashAttentionParams& p, const Sequence&
     pair.kept *= factor;
     dp *= factor;
   }
-  pair.gradient = probability == 1.f ? dlse_of(p, s, head, query)
-                                     : probability * (dp - reinterpret_cast<const float*>(p.delta)[row]);
+  const bool one_key = p.softmax_state ? state.inverse == 1.f && probability > 0.5f : probability == 1.f;
+  pair.gradient = one_key ? dlse_of(p, s, head, query)
+                          : probability * (dp - reinterpret_cast<const float*>(p.delta)[row]);
   return pair;
 }
 

@@ -174,18 +174,17 @@ GK_DEVICE void store_rows(const float (&c)[kTiles][kOut / 8][4], const float (&b
   __syncwarp();
 }
 
-// Dropout of the elements [row g, row g + 8] x [columns 2t, 2t + 1] of an 8-column tile of keys from `key`: keep[e] as the
-// elements of a result. The two rows and the 4 keys of a counter belong to a pair of lanes: each draws for one row.
-GK_DEVICE void dropout_keeps(const FlashAttentionParams& p, int batch, int head, int query, int key, bool (&keep)[4]) {
+// Dropout of the elements [row g, row g + 8] x [columns 2t, 2t + 1] of an 8-column tile of keys from `key`: bit e is set
+// where element e is kept. The two rows and the 4 keys of a counter belong to a pair of lanes: each draws for one row.
+GK_DEVICE uint32_t dropout_keeps(const FlashAttentionParams& p, int batch, int head, int query, int key) {
   const int lane = threadIdx.x % 32, odd = lane % 2;
   uint32_t words[4];
   dropout_words(p, batch, head, query + 8 * odd, key + lane % 4 / 2 * 4, words);
   const uint32_t give0 = odd ? words[0] : words[2], give1 = odd ? words[1] : words[3];
   const uint32_t got0 = __shfl_xor_sync(~0u, give0, 1), got1 = __shfl_xor_sync(~0u, give1, 1);
-  keep[0] = (odd ? got0 : words[0]) >= p.dropout_threshold;
-  keep[1] = (odd ? got1 : words[1]) >= p.dropout_threshold;
-  keep[2] = (odd ? words[2] : got0) >= p.dropout_threshold;
-  keep[3] = (odd ? words[3] : got1) >= p.dropout_threshold;
+  const auto kept = [&](uint32_t word, int e) { return uint32_t(word >= p.dropout_threshold) << e; };
+  return kept(odd ? got0 : words[0], 0) | kept(odd ? got1 : words[1], 1) | kept(odd ? words[2] : got0, 2) |
+         kept(odd ? words[3] : got1, 3);
 }
 
 }  // namespace genai_kernels::sm80
