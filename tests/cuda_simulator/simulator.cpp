@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -140,10 +141,15 @@ void happen(std::map<int64_t, InFlight>::iterator at) {
   action();
 }
 
-void advance_what_is_in_flight() {
+void advance_what_is_in_flight(bool nobody_ran) {
+  int rounds = 1;
+  if (nobody_ran && !block.in_flight.empty()) {  // until the next event nothing else is going to change
+    rounds = block.in_flight.begin()->second.delay;
+    for (const auto& [_, what] : block.in_flight) rounds = std::min(rounds, what.delay);
+  }
   for (auto at = block.in_flight.begin(); at != block.in_flight.end();) {
     const auto next = std::next(at);
-    if (--at->second.delay <= 0) happen(at);
+    if ((at->second.delay -= rounds) <= 0) happen(at);
     at = next;
   }
 }
@@ -185,12 +191,14 @@ void run_block() {
   while (b.left < b.threads) {
     const int64_t before = b.progress;
     const int first = random(warps);
+    bool nobody_ran = true;
     for (int w = 0; w < warps; ++w) {
       const int warp = (first + w) % warps;
       for (int l = warp * kWarp; l < (warp + 1) * kWarp && l < b.threads; ++l) {
         Fiber& fiber = b.fibers[size_t(l)];
         if (fiber.done || (fiber.waits_on && *fiber.waits_on == fiber.waits_while)) continue;
         fiber.waits_on = nullptr;
+        nobody_ran = false;
         b.current = l;
         threadIdx = dim3(unsigned(l));
         threadIdx.y = threadIdx.z = 0;
@@ -201,7 +209,7 @@ void run_block() {
       }
     }
     const bool under_way = !b.in_flight.empty();
-    advance_what_is_in_flight();
+    advance_what_is_in_flight(nobody_ran);
     if (b.progress == before && !under_way) {
       b.fault = deadlock();
       return;
@@ -262,6 +270,7 @@ int random(int n) {
 char* shared() { return block.shared; }
 size_t shared_bytes() { return block.shared_bytes; }
 int64_t& progress() { return block.progress; }
+int64_t block_barriers() { return block.everyone.generation; }
 
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what) {
   const char* at = static_cast<const char*>(p);

@@ -58,6 +58,7 @@ int lane();          // of the warp
 int random(int n);   // in [0, n)
 char* shared();      // dynamic shared memory of the block
 size_t shared_bytes();
+int64_t block_barriers();  // how often all threads have met at __syncthreads
 int64_t& progress();  // counts events; whoever lets another thread go on adds one
 
 // `bytes` at `p` must lie in shared memory at a multiple of `alignment`.
