@@ -12,7 +12,7 @@ import triton
 
 from ...torch_ops import in_triton
 from ...triton_lib import check, check_like
-from .triton_backward import dbias_kernel, dkdv_kernel, dq_kernel
+from .triton_backward import dbias_kernel, delta_kernel, dkdv_kernel, dq_kernel
 from .triton_forward import fwd_kernel
 
 _OP = "flash_attention"
@@ -26,7 +26,7 @@ def _tiles(call, *, backward):
     block = max(call.kwargs["D"], call.kwargs["V"])
     if call.kwargs["FINE"]:
         tile = 64 if block <= 64 else 32 if block <= 128 else 16
-        return {"M": tile, "N": tile, "num_warps": 4, "num_stages": 1}
+        return {"M": tile, "N": tile, "num_warps": 8 if tile > 16 else 4, "num_stages": 1}
     if block > 128:
         tile = 32 if block <= 256 else 16
         return {"M": tile, "N": tile, "num_warps": 4, "num_stages": 1}
@@ -37,7 +37,7 @@ def _tiles(call, *, backward):
 
 
 class _Call(NamedTuple):
-    """A checked call: tensors with a contiguous last dimension, sizes, and what all three kernels take."""
+    """A checked call: tensors with a contiguous last dimension, sizes, and what all kernels take."""
 
     tensors: list[torch.Tensor]  # q, k, v
     batch: int
@@ -118,6 +118,14 @@ def _owned(t, cu):
     return t
 
 
+def _launch(kernel, grid, call, *args, **kwargs):
+    """The kernel, and then its careful variant, where anything can be hidden."""
+    hides = any(call.kwargs[f"HAS_{what}"] for what in ("LEFT", "RIGHT", "MASK")) or kwargs["HAS_BIAS"]
+    strange = args[0].new_empty(grid, dtype=torch.int32) if hides else None
+    for careful in (False, True) if hides else (False,):
+        kernel[grid](*args, strange=strange, HIDES=hides, CAREFUL=careful, **kwargs)
+
+
 @in_triton("flash_attention")
 def flash_attention(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng, left, right, scale, softcap, dropout_p):
     call = _call(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng, left, right, scale, softcap, dropout_p)
@@ -128,8 +136,9 @@ def flash_attention(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng, left, ri
     state = q.new_empty(*shape, 2, dtype=torch.float32)
     tiles = _tiles(call, backward=False)
     if call.batch * heads * call.queries:
-        fwd_kernel[(triton.cdiv(call.queries, tiles["M"]), call.batch * heads)](
-            *call.tensors, sink=sink, out=out, lse=lse, state=state, HAS_BIAS=bias is not None,
+        grid = (triton.cdiv(call.queries, tiles["M"]), call.batch * heads)
+        _launch(
+            fwd_kernel, grid, call, *call.tensors, sink=sink, out=out, lse=lse, state=state, HAS_BIAS=bias is not None,
             HAS_SINK=sink is not None, **_named("o", out, packed), **call.kwargs, **tiles,
         )  # fmt: skip
     return out, lse, state
@@ -166,27 +175,31 @@ def flash_attention_bwd(
     check_like(_OP, "dout", dout, "out", out)
     packed, heads = cu_q is not None, q.shape[-2]
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    delta = (dout.double() * out.double()).sum(-1).transpose(-1, -2)  # [..., heads, tokens]
-    delta = delta.masked_fill(state[..., 0] == float("-inf"), 0)  # no key: out is 0 whatever dout
-    delta = delta if dlse is None else delta - dlse
-    delta = delta.masked_fill(lse == float("-inf"), 0).contiguous()
-    rows = delta if call.kwargs["WIDE"] else delta.float()
-    given = {"dout": dout, "state": state, "delta": rows, **_named("o", dout, packed)}
-    kwargs = {**call.kwargs, **given, "HAS_BIAS": bias is not None, **_tiles(call, backward=True)}
+    tiles, wide = _tiles(call, backward=True), call.kwargs["WIDE"]
+    delta = lse.new_zeros(lse.shape, dtype=torch.float64 if wide else torch.float32)
+    rows = (triton.cdiv(call.queries, tiles["M"]), call.batch * heads)
+    own = ("cu_q", "heads", "queries", "tokens", "value_dim", "V", "VARLEN", "WIDE")
+    if call.batch * heads * call.queries:
+        delta_kernel[rows](
+            dout, out, None if dlse is None else dlse.contiguous(), lse, state, delta=delta,
+            HAS_DLSE=dlse is not None, M=tiles["M"], **_named("o", dout, packed), **_named("out", out, packed),
+            **{name: call.kwargs[name] for name in own},
+        )  # fmt: skip
+    given = {"dout": dout, "state": state, "delta": delta, **_named("o", dout, packed)}
+    kwargs = {**call.kwargs, **given, "HAS_BIAS": bias is not None, **tiles}
     dq, dk, dv = _owned(torch.empty_like(q.contiguous()), cu_q), *(torch.empty_like(t.contiguous()) for t in (k, v))
     dk, dv = _owned(dk, cu_k), _owned(dv, cu_k)
     if call.batch * k.shape[-2] * call.keys:
         grid = (triton.cdiv(call.keys, kwargs["N"]), call.batch * k.shape[-2])
-        dkdv_kernel[grid](
-            *call.tensors, dk=dk, dv=dv, **_named("dk", dk, packed), **_named("dv", dv, packed), **kwargs
-        )
+        _launch(
+            dkdv_kernel, grid, call, *call.tensors, dk=dk, dv=dv, **_named("dk", dk, packed), **_named("dv", dv, packed), **kwargs,
+        )  # fmt: skip
     if call.batch * heads * call.queries:
-        grid = (triton.cdiv(call.queries, kwargs["M"]), call.batch * heads)
-        dq_kernel[grid](*call.tensors, dq=dq, **_named("dq", dq, packed), **kwargs)
+        _launch(dq_kernel, rows, call, *call.tensors, dq=dq, **_named("dq", dq, packed), **kwargs)
     dbias = _bias_gradient(call, bias, given) if bias_grad else q.new_empty(0)
     dsink = q.new_empty(0)
     if sink is not None:
         share = torch.exp(sink.double()[:, None] - lse.double()).masked_fill(lse == float("-inf"), 0)
-        per_head = -(share * delta).sum(-1)
+        per_head = -(share * delta.double()).sum(-1)
         dsink = (per_head if packed else per_head.sum(0)).to(sink.dtype)
     return dq, dk, dv, dbias, dsink

@@ -3,6 +3,10 @@
 Where q is float32 the kernels are FINE: exponentials to the last bits; and unless head_dim is too large for it also WIDE:
 products, sums and scores in float64, which the matrix units of data-center GPUs multiply at the rate of float32. Otherwise
 scores are in units of ln 2, whose exponential is one instruction.
+
+What is hidden has the probability 0, and 0 times NaN is NaN. No pass looks for NaN beforehand: a program that finds one in
+its result says so in `strange`, and a second launch, CAREFUL, does what these programs did again, with each NaN and infinity
+hidden from the rows that do not see it. As a branch of the first, it would take half of its registers.
 """
 
 from __future__ import annotations
@@ -63,9 +67,7 @@ def add_product_of_seen(total, a, x, seen, WIDE: tl.constexpr):
 
 @triton.jit
 def any_strange(x):
-    """1 if any element of a tile is NaN or infinite. Nobody looks for them beforehand: only then is the tile computed
-    again, with each of them hidden from the rows that do not see it.
-    """
+    """1 if any element of a tile is NaN or infinite."""
     return tl.max(tl.max(((x - x) != 0).to(tl.int32), 1), 0)
 
 
@@ -111,13 +113,13 @@ def scores_of(
 
 @triton.jit
 def score_gradients(
-    s, dp, i, j, row, most, inverse, delta, queries, keys, left, right, scale, softcap, slope, bias, mask, bias_q,
+    s, dp, i, j, key, row, most, inverse, delta, queries, keys, left, right, scale, softcap, slope, bias, mask, bias_q,
     bias_k, mask_q, mask_k, seed, offset, threshold, kept, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, FINE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, FINE: tl.constexpr, N: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """From s = q k and dp = dout v: P after dropout, which multiplied V; the gradient of the score and of scale q k; what
-    is seen. `most`, `inverse` and `delta` stand as i does.
+    is seen. `most`, `inverse` and `delta` stand as i does, and the first of the keys is `key`.
     """
     s, slope_of_cap, seen = scores_of(
         s, i, j, queries, keys, left, right, scale, softcap, slope, bias, mask, bias_q, bias_k, mask_q, mask_k,
@@ -129,7 +131,7 @@ def score_gradients(
     p = tl.where(seen, exponential(s - base, FINE) * inverse, 0.0)
     dropped = p
     if HAS_DROPOUT:
-        factor = dropout_factor(i, j, row, seed, offset, threshold, kept)
+        factor = dropout_factor(i, key, row, seed, offset, threshold, kept, N, KEYS_FIRST)
         dp = dp * factor
         dropped = p * factor
     ds = tl.where(seen, p * (dp - delta), 0.0)
@@ -137,16 +139,22 @@ def score_gradients(
 
 
 @triton.jit
-def dropout_factor(i, j, row, seed, offset, threshold, kept):
-    """0, or 1 / (1 - p): word j % 4 of Philox(counter = (j / 4, i, row, offset), key = seed), as everywhere."""
-    zero = tl.zeros_like(i + j)
+def dropout_factor(i, key, row, seed, offset, threshold, kept, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """0, or 1 / (1 - p), of queries i and the keys from `key` on, a multiple of 4: word j % 4 of Philox(counter = (j / 4,
+    i, row, offset), key = seed), as everywhere. [keys, queries] if KEYS_FIRST, otherwise [queries, keys].
+    """
+    quads = key // 4 + tl.arange(0, N // 4)
+    quads = quads[:, None] if KEYS_FIRST else quads[None, :]
+    zero = tl.zeros_like(i + quads)
     w0, w1, w2, w3 = tl.philox(
-        seed, (zero + j // 4).to(tl.uint32), (zero + i).to(tl.uint32), (zero + row).to(tl.uint32),
+        seed, (zero + quads).to(tl.uint32), (zero + i).to(tl.uint32), (zero + row).to(tl.uint32),
         (zero + offset).to(tl.uint32),
     )  # fmt: skip
-    which = zero + j % 4
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    return tl.where(word >= threshold, kept, 0.0)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., .., 2, 2]
+    if KEYS_FIRST:
+        words = tl.permute(words, (0, 2, 3, 1))
+    words = tl.reshape(words, (N, zero.shape[1]) if KEYS_FIRST else (zero.shape[0], N))
+    return tl.where(words >= threshold, kept, 0.0)
 
 
 @triton.jit
