@@ -89,7 +89,7 @@ def _run_in_triton(name: str, args: tuple[Any, ...]) -> Any:
 
     public = _public_name(name)
     if name.endswith("_out") and name.removesuffix("_out") in _triton:
-        outs = [a for a in _outputs(name, args)]
+        outs = _outputs(name, args)
         results = _run_in_triton(name.removesuffix("_out"), args[: len(args) - len(outs)])
         for out, result in zip(outs, results if isinstance(results, tuple) else (results,), strict=True):
             triton_lib.check_like(public, "out", out, "the result", result)
@@ -99,9 +99,9 @@ def _run_in_triton(name: str, args: tuple[Any, ...]) -> Any:
         raise NotImplementedError(
             f'genai_kernels.{public}: it has no Triton kernel; use another backend than use_backend("triton")'
         )
-    if name in _functions and torch.is_grad_enabled():
-        if any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
-            return _functions[name].plain.apply(*args)
+    differentiable = name in _functions and torch.is_grad_enabled()
+    if differentiable and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
+        return _functions[name].plain.apply(*args)
     triton_lib.check_place(public, args)
     return _triton[name](*args)
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles to machine code for sm_80 and sm_90, without a GPU: what a call would launch is compiled."""
+"""Every Triton kernel compiles to machine code for sm_80 and sm_90, without a GPU: what a call launches is compiled."""
 
 import re
 import subprocess

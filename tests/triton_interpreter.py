@@ -1,4 +1,7 @@
-"""Triton's interpreter keeps bfloat16 as numpy's uint16, which this mends where kernels of this library meet it.
+"""A pytest plugin that runs tests of any file with the Triton kernels, in Triton's interpreter: `-p
+triton_interpreter`, with TRITON_INTERPRET=1. `--shard=1/2` takes every second test. Tests of an op without Triton kernels are left out.
+
+The interpreter keeps bfloat16 as numpy's uint16, which this mends where kernels of this library meet it.
 
 As of Triton 3.7: `tl.dot` multiplies the bit patterns as integers, and a conversion to bfloat16 drops bits instead of
 rounding to nearest even. Arithmetic on bfloat16 itself is refused here: a kernel converts to float32 first.
@@ -8,6 +11,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -54,9 +58,9 @@ def _remember_types():
 
 
 def _make_faster():
-    """Three quarters of the interpreter's time, which is no arithmetic: it puts its own functions into triton.language at
-    each call of each function (here once for each module, to stay), makes a table of dtypes for each cast, and does each
-    addition of integers a second time in 64 bits, to see whether it overflows.
+    """Three quarters of the interpreter's time, which is no arithmetic: it puts its own functions into triton.language
+    at each call of each function (here once for each module, to stay), makes a table of dtypes for each cast, and does
+    each addition of integers a second time in 64 bits, to see whether it overflows.
     """
     _remember_types()
     patch, patched = interpreter._patch_lang, set()
@@ -96,3 +100,33 @@ def mend():
     InterpreterBuilder.create_dot = mended_dot
     InterpreterBuilder.cast_impl = mended_cast
     InterpreterBuilder.binary_op = mended_binary
+
+
+mend()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="1/1", help="i/n: every n-th test, from the i-th on")
+
+
+def pytest_collection_modifyitems(config, items):
+    import genai_kernels as gk
+    from genai_kernels.torch_ops import _triton
+
+    with gk.use_backend("triton"):
+        pass  # loads the kernels
+
+    def has_kernels(item):
+        op = getattr(item, "callspec", None) and item.callspec.params.get("op")
+        return op is None or op.overloads[0] in _triton
+
+    index, shards = map(int, config.getoption("--shard").split("/"))
+    items[:] = [item for item in items if has_kernels(item)][index - 1 :: shards]
+
+
+@pytest.fixture(autouse=True)
+def _in_triton():
+    import genai_kernels as gk
+
+    with gk.use_backend("triton"):
+        yield

@@ -8,11 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def exp_nonpositive(x):
-    """e^x in float32 for x <= 0, at most 2 ULP: exactly 1 at 0, 0 below -87.3 (where it would be denormal), NaN for NaN.
+    """e^x in float32 for x <= 0, at most 2 ULP: 1 at 0, 0 below -87.3 (where it would be denormal), NaN for NaN.
 
-    x = n ln2 + r in two pieces of ln2, the first of 15 bits, so that n times it is exact; n is read off the low mantissa
-    bits of x log2(e) + 1.5 * 2^23 (the bias 127 is in the constant); e^r is the polynomial of csrc/cpu/exp.h. Above 0 it
-    holds as far as rounding may take an argument.
+    x = n ln2 + r in two pieces of ln2, the first of 15 bits, so that n times it is exact; n is read off the low
+    mantissa bits of x log2(e) + 1.5 * 2^23 (the bias 127 is in the constant); e^r is the polynomial of
+    csrc/cpu/exp.h. Above 0 it holds as far as rounding may take an argument.
     """
     shifted = x * 1.4426950216293335 + 12583039.0
     n = shifted - 12583039.0

@@ -150,7 +150,7 @@ def _bias_gradient(call, bias, given):
     tiles = _tiles(call, backward=True)
     full = (call.batch, call.kwargs["heads"], call.queries, call.keys)
     over = [n == 1 and size > 1 for n, size in zip(shape, full, strict=True)]
-    blocks = [triton.cdiv(n, tile) for n, tile in zip(full[2:], (tiles["M"], tiles["N"]), strict=True)]
+    blocks = [triton.cdiv(call.queries, tiles["M"]), triton.cdiv(call.keys, tiles["N"])]
     sums_q, sums_k = (blocks[0] if over[2] else full[2]), (blocks[1] if over[3] else full[3])
     bias_batch, bias_heads = (1 if over[0] else full[0]), (1 if over[1] else full[1])
     sums = bias.new_zeros(bias_batch, bias_heads, sums_q, sums_k, dtype=torch.float32)
@@ -192,7 +192,8 @@ def flash_attention_bwd(
     if call.batch * k.shape[-2] * call.keys:
         grid = (triton.cdiv(call.keys, kwargs["N"]), call.batch * k.shape[-2])
         _launch(
-            dkdv_kernel, grid, call, *call.tensors, dk=dk, dv=dv, **_named("dk", dk, packed), **_named("dv", dv, packed), **kwargs,
+            dkdv_kernel, grid, call, *call.tensors, dk=dk, dv=dv, **_named("dk", dk, packed),
+            **_named("dv", dv, packed), **kwargs,
         )  # fmt: skip
     if call.batch * heads * call.queries:
         _launch(dq_kernel, rows, call, *call.tensors, dq=dq, **_named("dq", dq, packed), **kwargs)

@@ -1,5 +1,5 @@
-"""The backward kernels of flash_attention in Triton. The probabilities are computed again from the state of the forward:
-(largest score, 1 / sum of exponentials) of each row, the sink in the sum.
+"""The backward kernels of flash_attention in Triton. The probabilities are computed again from the forward's state of a
+row: (largest score, 1 / sum of exponentials), the sink in the sum.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def delta_kernel(
     dout, out, dlse, lse, state, cu_q, delta, heads, queries, tokens, value_dim, o_b, o_t, o_h, out_b, out_t, out_h,
     M: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr, HAS_DLSE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dout . out - dlse of a block of queries, added up as `dout v` is: where a query sees one key, and out is its v, the
-    gradient of the score is exactly 0.
+    """dout . out - dlse of a block of queries, added up as `dout v` is: where a query sees one key, and out is its v,
+    the gradient of the score is exactly 0.
     """
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     q_start, nq = sequence_of(cu_q, b, queries, VARLEN)
@@ -59,6 +59,12 @@ def dkdv_kernel(
     HAS_CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, FINE: tl.constexpr, WIDE: tl.constexpr,
     HIDES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
+    if HIDES:
+        strange += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if CAREFUL:
+        clean = tl.load(strange) == 0
+        if clean:
+            return
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     kv_heads = heads // group
     b, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -66,12 +72,9 @@ def dkdv_kernel(
     k_start, nk = sequence_of(cu_k, b, keys, VARLEN)
     begin = tl.program_id(0) * N
     if begin >= nk:
+        if HIDES:
+            tl.store(strange, 0)
         return
-    if HIDES:
-        strange += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    if CAREFUL:
-        if tl.load(strange) == 0:
-            return
     first, past = 0, nq
     if HAS_RIGHT:
         first = tl.maximum(begin - (nk - nq) - right, 0) // M * M
@@ -130,18 +133,21 @@ def dq_kernel(
     HAS_CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, FINE: tl.constexpr, WIDE: tl.constexpr,
     HIDES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
+    if HIDES:
+        strange += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if CAREFUL:
+        clean = tl.load(strange) == 0
+        if clean:
+            return
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     q_start, nq = sequence_of(cu_q, b, queries, VARLEN)
     k_start, nk = sequence_of(cu_k, b, keys, VARLEN)
     begin = tl.program_id(0) * M
     if begin >= nq:
+        if HIDES:
+            tl.store(strange, 0)
         return
-    if HIDES:
-        strange += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    if CAREFUL:
-        if tl.load(strange) == 0:
-            return
     first, past = keys_of(begin, begin + M, nq, nk, left, right, N, HAS_LEFT, HAS_RIGHT)
     seed = tl.load(rng) if HAS_DROPOUT else 0
     offset = tl.load(rng + 1) if HAS_DROPOUT else 0
@@ -192,8 +198,8 @@ def dbias_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of one tile of the scores: its part of the bias's gradient, summed over the batches and heads that share it, and,
-    where the bias is broadcast over queries or keys, over those of the tile: sums is [bias_batch, bias_heads, queries or
-    their blocks, keys or their blocks].
+    where the bias is broadcast over queries or keys, over those of the tile: sums is [bias_batch, bias_heads, queries
+    or their blocks, keys or their blocks].
     """
     steps = tl.cdiv(keys, N)
     query, key = tl.program_id(0) // steps * M, tl.program_id(0) % steps * N
@@ -223,10 +229,10 @@ def dbias_kernel(
             row_delta = tl.load(delta + at, mask=i < nq, other=0.0)
             mask_at = mask + b * mask_b + h * mask_h if HAS_MASK else mask
             _, ds, _, _ = score_gradients(
-                product(q_tile, tl.trans(k_tile), WIDE), product(g_tile, tl.trans(v_tile), WIDE), i, j, key, b * heads + h,
-                most, inverse, row_delta, nq, nk, left, right, scale, softcap, slope, bias + b * bias_b + h * bias_h,
-                mask_at, bias_q, bias_k, mask_q, mask_k, seed, offset, threshold, kept, HAS_LEFT, HAS_RIGHT, True,
-                HAS_MASK, HAS_ALIBI, HAS_CAP, HAS_DROPOUT, FINE, N, False,
+                product(q_tile, tl.trans(k_tile), WIDE), product(g_tile, tl.trans(v_tile), WIDE), i, j, key,
+                b * heads + h, most, inverse, row_delta, nq, nk, left, right, scale, softcap, slope,
+                bias + b * bias_b + h * bias_h, mask_at, bias_q, bias_k, mask_q, mask_k, seed, offset, threshold, kept,
+                HAS_LEFT, HAS_RIGHT, True, HAS_MASK, HAS_ALIBI, HAS_CAP, HAS_DROPOUT, FINE, N, False,
             )  # fmt: skip
             tile += ds
     to = sums + tl.program_id(1).to(tl.int64) * sums_q * sums_k

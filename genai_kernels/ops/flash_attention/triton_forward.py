@@ -31,18 +31,21 @@ def fwd_kernel(
     HAS_CAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_DROPOUT: tl.constexpr, FINE: tl.constexpr, WIDE: tl.constexpr,
     HIDES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
+    if HIDES:
+        strange += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if CAREFUL:
+        clean = tl.load(strange) == 0
+        if clean:
+            return
     wide: tl.constexpr = tl.float64 if WIDE else tl.float32
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     q_start, nq = sequence_of(cu_q, b, queries, VARLEN)
     k_start, nk = sequence_of(cu_k, b, keys, VARLEN)
     begin = tl.program_id(0) * M
     if begin >= nq:
+        if HIDES:
+            tl.store(strange, 0)
         return
-    if HIDES:
-        strange += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    if CAREFUL:
-        if tl.load(strange) == 0:
-            return
     r = begin + tl.arange(0, M)
     i = r[:, None]
     d, e = tl.arange(0, D)[None, :], tl.arange(0, V)[None, :]

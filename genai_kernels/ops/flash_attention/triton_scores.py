@@ -1,12 +1,12 @@
 """What the Triton kernels of flash_attention share: scores, dropout, which tokens, and sums that hide what is not seen.
 
-Where q is float32 the kernels are FINE: exponentials to the last bits; and unless head_dim is too large for it also WIDE:
-products, sums and scores in float64, which the matrix units of data-center GPUs multiply at the rate of float32. Otherwise
-scores are in units of ln 2, whose exponential is one instruction.
+Where q is float32 the kernels are FINE: exponentials to the last bits; and unless head_dim is too large for it also
+WIDE: products, sums and scores in float64, which the matrix units of data-center GPUs multiply at the rate of float32.
+Otherwise scores are in units of ln 2, whose exponential is one instruction.
 
-What is hidden has the probability 0, and 0 times NaN is NaN. No pass looks for NaN beforehand: a program that finds one in
-its result says so in `strange`, and a second launch, CAREFUL, does what these programs did again, with each NaN and infinity
-hidden from the rows that do not see it. As a branch of the first, it would take half of its registers.
+What is hidden has the probability 0, and 0 times NaN is NaN. No pass looks for NaN beforehand: a program that finds one
+in its result says so in `strange`, and a second launch, CAREFUL, does what these programs did again, with each NaN and
+infinity hidden from the rows that do not see it. As a branch of the first, it would take half of its registers.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def score_gradients(
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, FINE: tl.constexpr, N: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """From s = q k and dp = dout v: P after dropout, which multiplied V; the gradient of the score and of scale q k; what
-    is seen. `most`, `inverse` and `delta` stand as i does, and the first of the keys is `key`.
+    """From s = q k and dp = dout v: P after dropout, which multiplied V; the gradient of the score and of scale q k;
+    what is seen. `most`, `inverse` and `delta` stand as i does, and the first of the keys is `key`.
     """
     s, slope_of_cap, seen = scores_of(
         s, i, j, queries, keys, left, right, scale, softcap, slope, bias, mask, bias_q, bias_k, mask_q, mask_k,
@@ -140,8 +140,8 @@ def score_gradients(
 
 @triton.jit
 def dropout_factor(i, key, row, seed, offset, threshold, kept, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """0, or 1 / (1 - p), of queries i and the keys from `key` on, a multiple of 4: word j % 4 of Philox(counter = (j / 4,
-    i, row, offset), key = seed), as everywhere. [keys, queries] if KEYS_FIRST, otherwise [queries, keys].
+    """0, or 1 / (1 - p), of queries i and the keys from `key` on, a multiple of 4: word j % 4 of Philox(counter = (j /
+    4, i, row, offset), key = seed), as everywhere. [keys, queries] if KEYS_FIRST, otherwise [queries, keys].
     """
     quads = key // 4 + tl.arange(0, N // 4)
     quads = quads[:, None] if KEYS_FIRST else quads[None, :]
