@@ -3,6 +3,7 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -40,15 +41,23 @@ def is_aligned(value):
     return isinstance(value, int) and value % 16 == 0
 
 
-class Kernel:
+class Kernel(NamedTuple):
     """One compiled kernel: its code, and what the assembler says of it."""
 
-    def __init__(self, name, capability, binary, path):
-        self.name, self.capability, self.ptx = name, capability, binary.asm["ptx"]
-        self.shared = binary.metadata.shared
-        path.write_bytes(binary.asm["cubin"])
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-        self.registers, self.stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    name: str
+    constants: dict[str, object]
+    capability: int
+    ptx: str
+    shared: int
+    registers: int
+    stack: int
+
+
+def compiled(name, constants, capability, binary, path):
+    path.write_bytes(binary.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return Kernel(name, constants, capability, binary.asm["ptx"], binary.metadata.shared, registers, stack)
 
 
 def compile_instead(kernels, folder):
@@ -76,15 +85,22 @@ def compile_instead(kernels, folder):
                 target=GPUTarget("cuda", capability, 32),
                 options={"num_warps": num_warps, "num_stages": num_stages},
             )
-            kernels.append(Kernel(self.__name__, capability, binary, folder / "kernel.cubin"))
+            named = {n: given[n] for n in fixed}
+            kernels.append(compiled(self.__name__, named, capability, binary, folder / "kernel.cubin"))
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _without_a_device(monkeypatch):
+    monkeypatch.setattr(triton_lib, "why_not", lambda: "")
+    yield
+    triton_lib.load.cache_clear()  # others expect to be told what is missing
 
 
 @pytest.fixture
 def kernels(monkeypatch, tmp_path):
     found = []
-    monkeypatch.setattr(triton_lib, "why_not", lambda: "")
     monkeypatch.setattr(triton_lib, "check_place", lambda op, args: None)
     monkeypatch.setattr(JITFunction, "run", compile_instead(found, tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -110,17 +126,31 @@ def samples_of(op):
     """The plainest of an op's samples, and the one with the most options."""
     samples = [s for s in op.samples if not s.bench]
     sizes = {s.name: len(s.build(Make(torch.bfloat16))[1]) for s in samples}
-    return {samples[0].name: samples[0], **{s.name: s for s in [max(samples, key=lambda s: sizes[s.name])]}}.values()
+    return samples[0], max(samples, key=lambda s: sizes[s.name])
+
+
+def test_the_kernels_are_there():
+    with gk.use_backend("triton"):
+        assert [op.name for op in OPS.values() if op.overloads[0] not in torch_ops._triton] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_compiles(op, dtype, kernels):
-    with gk.use_backend("triton"):
-        if op.overloads[0] not in torch_ops._triton:
-            pytest.skip("this op has no Triton kernel yet")
-    for sample in samples_of(op):
+    for sample in {s.name: s for s in samples_of(op)}.values():
         call(op, sample, dtype)
     assert kernels
-    for k in kernels:
-        print(k.name, k.capability, "registers", k.registers, "stack", k.stack, "shared", k.shared)
+    assert [k[:3] for k in kernels if k.shared > SHARED_MEMORY[k.capability]] == []
+
+
+def test_attention_uses_the_matrix_units_and_no_stack(kernels):
+    """Of a causal call in bfloat16 at head_dim 128, what most calls run: products of the warp group on sm_90, of the
+    warp on sm_80, and every number in a register.
+    """
+    op = OPS["flash_attention"]
+    call(op, next(s for s in op.samples if s.name == "head_dim_128"), torch.bfloat16)
+    hot = [k for k in kernels if not k.constants.get("CAREFUL")]
+    assert {k.name for k in hot} == {"fwd_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"}
+    assert [(k.name, k.capability, k.stack) for k in hot if k.stack] == []
+    for k in hot:
+        assert re.search(r"wgmma\.mma_async.*bf16" if k.capability == 90 else r"mma\.sync.*bf16", k.ptx), k.name

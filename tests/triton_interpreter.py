@@ -1,5 +1,7 @@
-"""A pytest plugin that runs tests of any file with the Triton kernels, in Triton's interpreter: `-p
-triton_interpreter`, with TRITON_INTERPRET=1. `--shard=1/2` takes every second test. Tests of an op without Triton kernels are left out.
+"""A pytest plugin that runs tests of any file with the Triton kernels, in Triton's interpreter.
+
+`-p triton_interpreter`, with TRITON_INTERPRET=1. `--shard=1/2` takes every second test. Tests of an op without Triton
+kernels are left out.
 
 The interpreter keeps bfloat16 as numpy's uint16, which this mends where kernels of this library meet it.
 

@@ -71,7 +71,8 @@ def _call(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng, left, right, scale
     packed = cu_q is not None
     dims = 3 if packed else 4
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check(_OP, t.dim() == dims, lambda n=name, t=t: f"{n}: expected {dims} dimensions, got shape {list(t.shape)}")
+        if t.dim() != dims:
+            raise ValueError(f"genai_kernels.{_OP}: {name}: expected {dims} dimensions, got shape {list(t.shape)}")
         if t.dtype != q.dtype:
             raise TypeError(f"genai_kernels.{_OP}: {name}: expected the dtype of q, {q.dtype}, got {t.dtype}")
     heads, kv_heads, dim = q.shape[-2], k.shape[-2], q.shape[-1]
