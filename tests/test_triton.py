@@ -1,4 +1,7 @@
-"""The Triton kernels in Triton's interpreter, over the samples of every op that has one. Runs in a process of its own."""
+"""The Triton kernels in Triton's interpreter: the accuracy of every sample, what nobody sees, and the same bits.
+
+In processes of their own, one for each of two cores: TRITON_INTERPRET decides when the kernels are defined.
+"""
 
 import os
 import subprocess
@@ -7,36 +10,24 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton", reason="triton is not installed here")
 
-if INTERPRETS:
-    import torch
-    import triton_interpreter
+TESTS = Path(__file__).resolve().parent
+SHARDS = 2
+WHAT = ("test_conformance.py::test_accuracy", "test_unseen.py", "triton_bits.py")
 
-    import genai_kernels as gk
-    from genai_kernels.accuracy import verify_sample
-    from genai_kernels.registry import FLOATS, OPS
 
-    triton_interpreter.mend()
-    with gk.use_backend("triton"):
-        pass  # loads the kernels
-    from genai_kernels.torch_ops import _triton
-
-    CASES = [(op, s) for op in OPS.values() if op.overloads[0] in _triton for s in op.samples if not s.bench]
-
-    @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
-    @pytest.mark.parametrize(("op", "sample"), CASES, ids=[f"{op.name}-{s.name}" for op, s in CASES])
-    def test_accuracy(op, sample, dtype):
-        with gk.use_backend("triton"):
-            verdicts = verify_sample(op, sample, dtype, draws=4)
-        assert [f"{v.what}: {v.complaint}" for v in verdicts if not v.ok] == []
-
-else:
-    triton = pytest.importorskip("triton", reason="triton is not installed here")
-
-    def test_every_sample_in_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-4000:]
+def test_in_the_interpreter():
+    paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore::RuntimeWarning",  # of numpy, for NaN and infinity
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "triton_interpreter", *(str(TESTS / what) for what in WHAT)]
+    how = {"cwd": TESTS.parent, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    shards = [subprocess.Popen([*command, f"--shard={i + 1}/{SHARDS}"], **how) for i in range(SHARDS)]
+    reports = [shard.communicate()[0] for shard in shards]
+    assert [s.returncode for s in shards] == [0] * SHARDS, "\n".join(report[-4000:] for report in reports)

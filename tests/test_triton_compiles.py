@@ -1,4 +1,9 @@
-"""Every Triton kernel compiles to machine code for sm_80 and sm_90, without a GPU: what a call would launch is compiled."""
+"""Every Triton kernel compiles to machine code for sm_80 and sm_90, without a GPU: what a call launches is compiled."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +18,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program can have
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
@@ -27,56 +34,123 @@ def type_of(value):
     return "i32" if -(2**31) <= value < 2**31 else "u32" if 0 <= value < 2**32 else "i64"
 
 
-def compile_instead(compiled):
-    """A stand-in for JITFunction.run: compiles for both targets and launches nothing."""
+def is_aligned(value):
+    """As a launch does: what is a multiple of 16 is compiled as such."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
 
-    def run(self, *args, grid, warmup, num_warps=4, **kwargs):
+
+class Kernel(NamedTuple):
+    """One compiled kernel: its code, and what the assembler says of it."""
+
+    name: str
+    constants: dict[str, object]
+    capability: int
+    ptx: str
+    shared: int
+    registers: int
+    stack: int
+
+
+def compiled(name, constants, capability, binary, path):
+    path.write_bytes(binary.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return Kernel(name, constants, capability, binary.asm["ptx"], binary.metadata.shared, registers, stack)
+
+
+def compile_instead(kernels, folder):
+    """A stand-in for JITFunction.run: compiles for both targets and launches nothing."""
+    seen = set()
+
+    def run(self, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs):
         given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        fixed = {p.name for p in self.params if p.is_constexpr} | {n for n, v in given.items() if v is None}
+        fixed = {p.name for p in self.params if p.is_constexpr}
+        fixed |= {n for n, v in given.items() if v is None or (type(v) is int and v == 1)}
         signature = {n: "constexpr" if n in fixed else type_of(given[n]) for n in self.arg_names}
         constants = {(self.arg_names.index(n),): given[n] for n in fixed}
-        key = (self.__name__, tuple(signature.values()), tuple((n, str(v)) for n, v in sorted(constants.items())))
-        if key in compiled:
+        attributes = {
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(self.arg_names)
+            if n not in fixed and is_aligned(given[n])
+        }
+        key = (self.__name__, tuple(signature.values()), str(sorted(constants.items())), str(attributes))
+        if key in seen:
             return
+        seen.add(key)
         for capability in (80, 90):
-            source = ASTSource(self, signature, constants)
-            target = GPUTarget("cuda", capability, 32)
-            binary = triton.compile(source, target=target, options={"num_warps": num_warps})
-            assert binary.asm["cubin"]
-        compiled.add(key)
+            binary = triton.compile(
+                ASTSource(self, signature, constants, attributes),
+                target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": num_warps, "num_stages": num_stages},
+            )
+            named = {n: given[n] for n in fixed}
+            kernels.append(compiled(self.__name__, named, capability, binary, folder / "kernel.cubin"))
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _without_a_device(monkeypatch):
+    monkeypatch.setattr(triton_lib, "why_not", lambda: "")
+    yield
+    triton_lib.load.cache_clear()  # others expect to be told what is missing
+
+
+@pytest.fixture
+def kernels(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr(triton_lib, "check_place", lambda op, args: None)
+    monkeypatch.setattr(JITFunction, "run", compile_instead(found, tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return found
+
+
+def call(op, sample, dtype):
+    """Forward and backward of a sample."""
+
+    def leaf(t):
+        return t.requires_grad_() if t.is_floating_point() else t
+
+    args, kwargs = map_tensors(leaf, sample.build(Make(dtype)))
+    for name in sample.frozen:
+        kwargs[name].requires_grad_(False)
+    with gk.use_backend("triton"):
+        results = op.function(*args, **kwargs)
+        results = [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
+        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
 
 
 def samples_of(op):
     """The plainest of an op's samples, and the one with the most options."""
     samples = [s for s in op.samples if not s.bench]
     sizes = {s.name: len(s.build(Make(torch.bfloat16))[1]) for s in samples}
-    return {samples[0].name: samples[0], **{s.name: s for s in [max(samples, key=lambda s: sizes[s.name])]}}.values()
+    return samples[0], max(samples, key=lambda s: sizes[s.name])
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    found = set()
-    monkeypatch.setattr(triton_lib, "why_not", lambda: "")
-    monkeypatch.setattr(triton_lib, "check_place", lambda op, args: None)
-    monkeypatch.setattr(JITFunction, "run", compile_instead(found))
-    return found
-
-
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_compiles(op, compiled):
+def test_the_kernels_are_there():
     with gk.use_backend("triton"):
-        if op.overloads[0] not in torch_ops._triton:
-            pytest.skip("this op has no Triton kernel yet")
-        for sample in samples_of(op):
-            def leaf(t):
-                return t.requires_grad_() if t.is_floating_point() else t
+        assert [op.name for op in OPS.values() if op.overloads[0] not in torch_ops._triton] == []
 
-            args, kwargs = map_tensors(leaf, sample.build(Make(torch.bfloat16)))
-            for name in sample.frozen:
-                kwargs[name].requires_grad_(False)
-            results = op.function(*args, **kwargs)
-            results = [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
-            torch.autograd.backward(results, [torch.ones_like(r) for r in results])
-    assert compiled
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_compiles(op, dtype, kernels):
+    for sample in {s.name: s for s in samples_of(op)}.values():
+        call(op, sample, dtype)
+    assert kernels
+    assert [k[:3] for k in kernels if k.shared > SHARED_MEMORY[k.capability]] == []
+
+
+def test_attention_uses_the_matrix_units_and_no_stack(kernels):
+    """Of a causal call in bfloat16 at head_dim 128, what most calls run: products of the warp group on sm_90, of the
+    warp on sm_80, and every number in a register.
+    """
+    op = OPS["flash_attention"]
+    call(op, next(s for s in op.samples if s.name == "head_dim_128"), torch.bfloat16)
+    hot = [k for k in kernels if not k.constants.get("CAREFUL")]
+    assert {k.name for k in hot} == {"fwd_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"}
+    assert [(k.name, k.capability, k.stack) for k in hot if k.stack] == []
+    for k in hot:
+        assert re.search(r"wgmma\.mma_async.*bf16" if k.capability == 90 else r"mma\.sync.*bf16", k.ptx), k.name

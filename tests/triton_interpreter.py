@@ -1,10 +1,19 @@
-"""Triton's interpreter keeps bfloat16 as numpy's uint16, which this mends where kernels of this library meet it.
+"""A pytest plugin that runs tests of any file with the Triton kernels, in Triton's interpreter.
+
+`-p triton_interpreter`, with TRITON_INTERPRET=1. `--shard=1/2` takes every second test. Tests of an op without Triton
+kernels are left out.
+
+The interpreter keeps bfloat16 as numpy's uint16, which this mends where kernels of this library meet it.
 
 As of Triton 3.7: `tl.dot` multiplies the bit patterns as integers, and a conversion to bfloat16 drops bits instead of
 rounding to nearest even. Arithmetic on bfloat16 itself is refused here: a kernel converts to float32 first.
 """
 
+import dataclasses
+import functools
+
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -26,24 +35,54 @@ def _rounded(values):
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
-def _patched_once(patch):
-    """The interpreter puts its own functions into triton.language at each call of each function, which takes most of
-    its time. Here they are put there once, and stay.
-    """
-    done = set()
+def _remember_types():
+    """The attributes of a block type or tensor that its element type and shape decide, made once for each."""
+    block_type, tensor, known = tl.core.block_type, tl.core.tensor, {}
+    make_type, make_tensor = block_type.__init__, tensor.__init__
 
-    def patched(fn):
-        if id(fn.__globals__) not in done:
+    def remembered_type(self, element_ty, shape):
+        key = (element_ty.name, *(getattr(n, "value", n) for n in getattr(shape, "values", shape)))
+        if key not in known:
+            make_type(self, element_ty, shape)
+            example = object.__new__(tensor)
+            make_tensor(example, None, self)
+            self.of_tensors = {name: example.__dict__[name] for name in ("shape", "numel", "dtype")}
+            known[key] = self.__dict__
+        self.__dict__.update(known[key])
+
+    def remembered_tensor(self, handle, type):
+        if type.is_block():
+            self.__dict__.update(type.of_tensors, handle=handle, type=type)
+        else:
+            make_tensor(self, handle, type)
+
+    block_type.__init__, tensor.__init__ = remembered_type, remembered_tensor
+
+
+def _make_faster():
+    """Three quarters of the interpreter's time, which is no arithmetic: it puts its own functions into triton.language
+    at each call of each function (here once for each module, to stay), makes a table of dtypes for each cast, and does
+    each addition of integers a second time in 64 bits, to see whether it overflows.
+    """
+    _remember_types()
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        if id(fn.__globals__) not in patched:
             patch(fn)
-            done.add(id(fn.__globals__))
+            patched.add(id(fn.__globals__))
         return interpreter._LangPatchScope()  # with nothing to undo
 
-    return patched
+    dtype_of = functools.cache(interpreter._get_np_dtype)
+    interpreter._patch_lang = patch_once
+    interpreter._get_np_dtype = lambda t: np.dtype(np.uint64) if t.scalar.is_ptr() else dtype_of(t.scalar)
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
 
 
 def mend():
     """Changes the interpreter of this process."""
-    interpreter._patch_lang = _patched_once(interpreter._patch_lang)
+    _make_faster()
     dot, cast, binary = (getattr(InterpreterBuilder, n) for n in ("create_dot", "cast_impl", "binary_op"))
 
     def mended_dot(self, a, b, *rest):
@@ -63,3 +102,33 @@ def mend():
     InterpreterBuilder.create_dot = mended_dot
     InterpreterBuilder.cast_impl = mended_cast
     InterpreterBuilder.binary_op = mended_binary
+
+
+mend()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="1/1", help="i/n: every n-th test, from the i-th on")
+
+
+def pytest_collection_modifyitems(config, items):
+    import genai_kernels as gk
+    from genai_kernels.torch_ops import _triton
+
+    with gk.use_backend("triton"):
+        pass  # loads the kernels
+
+    def has_kernels(item):
+        op = getattr(item, "callspec", None) and item.callspec.params.get("op")
+        return op is None or op.overloads[0] in _triton
+
+    index, shards = map(int, config.getoption("--shard").split("/"))
+    items[:] = [item for item in items if has_kernels(item)][index - 1 :: shards]
+
+
+@pytest.fixture(autouse=True)
+def _in_triton():
+    import genai_kernels as gk
+
+    with gk.use_backend("triton"):
+        yield

@@ -54,7 +54,8 @@ def check_like(op: str, name: str, t: torch.Tensor | None, like_name: str, like:
     """The shape and dtype of `like`, where `t` is given."""
     if t is None:
         return
-    check(op, t.shape == like.shape, lambda: f"{name}: expected the shape of {like_name}, {list(like.shape)}, got {list(t.shape)}")
+    shapes = list(like.shape), list(t.shape)
+    check(op, t.shape == like.shape, lambda: f"{name}: expected the shape of {like_name}, {shapes[0]}, got {shapes[1]}")
     if t.dtype != like.dtype:
         raise TypeError(f"genai_kernels.{op}: {name}: expected the dtype of {like_name}, {like.dtype}, got {t.dtype}")
 

@@ -1,7 +1,7 @@
 """Row norms in Triton: a program has one row forward, or several short ones, and a block of rows backward.
 
-A row of up to 65536 elements lies in registers. Squares beyond float32 do not overflow: a row is divided by the power of
-two below its largest element first, which is exact.
+A row of up to 65536 elements lies in registers. Squares beyond float32 do not overflow: a row is divided by the power
+of two below its largest element first, which is exact.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _settings(op, x, parameters):
     n = x.shape[-1]
     check(op, n <= MOST, lambda: f"x: expected at most {MOST} elements in a row in Triton, got {n}")
     for name, p in parameters.items():
-        check(op, p is None or p.shape == (n,), lambda: f"{name}: expected shape [{n}], the last dimension of x, got {list(p.shape)}")
+        if p is not None and p.shape != (n,):
+            found = list(p.shape)
+            raise ValueError(f"genai_kernels.{op}: {name}: expected shape [{n}], the last dimension of x, got {found}")
     block = triton.next_power_of_2(max(n, 1))
     r = min(max(TILE // block, 1), ROWS)
     return n, {"R": r, "BLOCK": block, "num_warps": min(max(block // 512, 4), 16)}
@@ -151,7 +153,8 @@ def norm_backward(op, dy, dsum, x, weight, bias, eps, weight_grad, bias_grad, *,
     partial = {k: None if p is None else x.new_zeros(programs, n, dtype=torch.float32) for k, p in wanted.items()}
     if x.numel():
         norm_bwd_kernel[(programs,)](
-            dy, dsum, x, None if weight is None else weight.contiguous(), dx, partial["dw"], partial["db"], rows, n, eps,
+            dy, dsum, x, None if weight is None else weight.contiguous(), dx, partial["dw"], partial["db"], rows, n,
+            eps,
             ROWS=ROWS, CENTERED=centered, HAS_DSUM=dsum is not None, HAS_WEIGHT=weight is not None,
             WANT_WEIGHT=partial["dw"] is not None, WANT_BIAS=partial["db"] is not None, **settings,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from ...torch_ops import in_triton
 from ...triton_lib import check, check_like
 
-_BLOCK = 1024
+_TILE = 1024  # elements of a program: eight for each thread of four warps
 _SILU, _GELU, _GELU_TANH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -72,27 +72,31 @@ def value_and_slope(x, GATE: tl.constexpr):
 
 
 @triton.jit
-def gated_fwd_kernel(x, y, n, GATE: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < n
-    gate = tl.load(x + row * 2 * n + col, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * n + n + col, mask=inside, other=0.0).to(tl.float32)
-    value, _ = value_and_slope(gate, GATE)
-    tl.store(y + row * n + col, (value * up).to(y.dtype.element_ty), mask=inside)
+def tile_of(rows, n, R: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of the output: where its elements lie there, those of the gate in x, and which exist."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row * n + col, row * 2 * n + col, (row < rows) & (col < n)
 
 
 @triton.jit
-def gated_bwd_kernel(dy, x, dx, n, GATE: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < n
-    gate = tl.load(x + row * 2 * n + col, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * n + n + col, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(dy + row * n + col, mask=inside, other=0.0).to(tl.float32)
+def gated_fwd_kernel(x, y, rows, n, GATE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    at, at_gate, inside = tile_of(rows, n, R, BLOCK)
+    gate = tl.load(x + at_gate, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + at_gate + n, mask=inside, other=0.0).to(tl.float32)
+    value, _ = value_and_slope(gate, GATE)
+    tl.store(y + at, (value * up).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_bwd_kernel(dy, x, dx, rows, n, GATE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    at, at_gate, inside = tile_of(rows, n, R, BLOCK)
+    gate = tl.load(x + at_gate, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + at_gate + n, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
     value, slope = value_and_slope(gate, GATE)
-    tl.store(dx + row * 2 * n + col, (g * up * slope).to(dx.dtype.element_ty), mask=inside)
-    tl.store(dx + row * 2 * n + n + col, (g * value).to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + at_gate, (g * up * slope).to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + at_gate + n, (g * value).to(dx.dtype.element_ty), mask=inside)
 
 
 def _half(op, x):
@@ -104,13 +108,19 @@ def _half(op, x):
     return x.shape[-1] // 2
 
 
+def _launch(kernel, tensors, rows, n, gate):
+    block = min(triton.next_power_of_2(n), _TILE)
+    r = _TILE // block
+    kernel[(triton.cdiv(rows, r), triton.cdiv(n, block))](*tensors, rows, n, GATE=gate, R=r, BLOCK=block)
+
+
 def _define(op, gate):
     @in_triton(op)
     def forward(x):
         n, x = _half(op, x), x.contiguous()
         y = x.new_empty((*x.shape[:-1], n))
         if y.numel():
-            gated_fwd_kernel[(y.numel() // n, triton.cdiv(n, _BLOCK))](x, y, n, GATE=gate, BLOCK=_BLOCK)
+            _launch(gated_fwd_kernel, (x, y), y.numel() // n, n, gate)
         return y
 
     @in_triton(f"{op}_bwd")
@@ -119,7 +129,7 @@ def _define(op, gate):
         check_like(op, "dy", dy, "half of x", x[..., :n])
         dx = torch.empty_like(x)
         if dy.numel():
-            gated_bwd_kernel[(dy.numel() // n, triton.cdiv(n, _BLOCK))](dy, x, dx, n, GATE=gate, BLOCK=_BLOCK)
+            _launch(gated_bwd_kernel, (dy, x, dx), dy.numel() // n, n, gate)
         return dx
 
 

@@ -32,7 +32,9 @@ def weights_of(lse_a, lse_b):
 
 @triton.jit
 def rows_of(rows, tokens, heads, dim, R: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of o: the rows (batch, token, head), which exist, where their lse (batch, head, token) lies; its elements."""
+    """A tile of o: which of its rows (batch, token, head) exist, where their lse (batch, head, token) lies, where its
+    elements do, and which of these exist.
+    """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     at_lse = (row // (tokens * heads) * heads + row % heads) * tokens + row // heads % tokens
     d = tl.arange(0, BLOCK)[None, :]
