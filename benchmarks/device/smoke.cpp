@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "core/philox.h"
+#include "cuda/norm_row_blocks.h"
+#include "cuda/stage_parameter.h"
 #include "cuda/sum_blocks.h"
 #include "ops/flash_attention/flash_attention_gpu.h"
 #include "ops/fused_add_rms_norm/fused_add_rms_norm.h"
@@ -94,6 +96,12 @@ class Memory {
     outputs_.push_back({what, raw(n * size_of(dtype)), n, dtype});
     return outputs_.back().data;
   }
+  char* zeros(const char* what, int64_t n, Dtype dtype) {
+    char* p = output(what, n, dtype);
+    const std::vector<char> host(size_t(n * size_of(dtype)));
+    require(cudaMemcpy(p, host.data(), host.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+    return p;
+  }
   // Every element of every output is written, and finite.
   void check(const char* test, Dtype dtype) {
     require(cudaDeviceSynchronize(), test);
@@ -137,8 +145,14 @@ void norms(const char* test, Dtype dtype, int64_t count, int64_t n, bool residua
   NormParams p{};
   p.dtype = dtype;
   p.eps = 1e-5;
-  p.weight = {m.input((n + 7) / 8 * 8, Dtype::f32), 1, Dtype::f32};  // padded, as the host pads it (host/norm_rows.h)
-  if (bias) p.bias = {m.input((n + 7) / 8 * 8, Dtype::f32), 1, Dtype::f32};
+  const auto parameter = [&] {
+    const Parameter given{m.input(n, dtype), 1, dtype};
+    char* staged = m.output("parameter", staged_length(n), Dtype::f32);
+    require(launch_stage_parameter(given, n, reinterpret_cast<float*>(staged), nullptr), "stage_parameter");
+    return Parameter{staged, 1, Dtype::f32};
+  };
+  p.weight = parameter();
+  if (bias) p.bias = parameter();
   p.x = rows(m.input(count * n, dtype), count, n);
   p.y = rows(m.output("y", count * n, dtype), count, n);
   if (residual) {
@@ -147,15 +161,16 @@ void norms(const char* test, Dtype dtype, int64_t count, int64_t n, bool residua
   }
   require(forward(p, nullptr), test);
   p.residual = p.sum = {};
-  const RowBlocks blocks(count);
+  const RowBlocks blocks = gpu_norm_blocks(count, n, dtype);
   p.dy = rows(m.input(count * n, dtype), count, n);
   p.dx = rows(m.output("dx", count * n, dtype), count, n);
   if (residual) p.dsum = rows(m.input(count * n, dtype), count, n);
-  p.dw_partial = reinterpret_cast<double*>(m.output("dw_partial", blocks.count() * n, Dtype::f64));
-  if (bias) p.db_partial = reinterpret_cast<double*>(m.output("db_partial", blocks.count() * n, Dtype::f64));
+  const Dtype sums = dtype == Dtype::f32 ? Dtype::f64 : Dtype::f32;
+  p.dw_partial = m.output("dw_partial", blocks.count() * n, sums);
+  if (bias) p.db_partial = m.output("db_partial", blocks.count() * n, sums);
   require(backward(p, blocks, nullptr), test);
   char* dw = m.output("dw", n, dtype);
-  require(launch_sum_blocks(true, p.dw_partial, blocks.count(), n, dtype, dw, nullptr), test);
+  require(launch_sum_blocks(sums == Dtype::f64, p.dw_partial, blocks.count(), n, dtype, dw, nullptr), test);
   m.check(test, dtype);
 }
 
@@ -284,6 +299,10 @@ void attention(const AttentionKernels& kernels, Dtype dtype, int64_t head_dim, b
   if (extras) p.dsink = m.output("dsink", p.batch * p.heads, Dtype::f32);
   require(launch_flash_attention_delta(p, nullptr), "flash_attention_delta");
   require(kernels.backward(p, nullptr), kernels.name);
+  if (extras) {
+    p.dbias = {m.zeros("dbias", queries * keys, Dtype::f64), Dtype::f64, 0, 0, keys, 1};
+    require(launch_flash_attention_dbias(p, nullptr), "flash_attention_dbias");
+  }
   m.check(kernels.name, dtype);
 }
 
@@ -310,7 +329,7 @@ int main() {
     int major = 0;
     require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
     if (major != 9) continue;
-    const AttentionKernels sm90{"sm90", launch_flash_attention_fwd_sm90, launch_flash_attention_bwd_sm80};
+    const AttentionKernels sm90{"sm90", launch_flash_attention_fwd_sm90, launch_flash_attention_bwd_sm90};
     for (const int64_t dim : {64, 128})
       for (const bool packed : {false, true})
         for (const bool extras : {false, true}) attention(sm90, dtype, dim, packed, extras);
