@@ -19,6 +19,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // the registers of a thread and the frames of what it calls
 constexpr size_t kGuardBytes = 4096;
+constexpr int kSeldomAsleep = 32, kLongestSleep = 24;  // a sum over a block takes about 12 rounds
 
 // ---- switching stacks: swapcontext costs a system call, so x86-64 has its own ----
 
@@ -188,12 +189,20 @@ void run_block() {
   for (const Hooks& h : hooks())
     if (h.begin) h.begin();
   const int warps = int(b.warps.size());
+  std::vector<int> asleep(size_t(warps), 0);  // rounds: the others overtake it by as much as barriers let them
   while (b.left < b.threads) {
     const int64_t before = b.progress;
     const int first = random(warps);
-    bool nobody_ran = true;
+    bool nobody_ran = true, slept = false;
     for (int w = 0; w < warps; ++w) {
       const int warp = (first + w) % warps;
+      int& rounds = asleep[size_t(warp)];
+      if (rounds == 0 && warps > 1 && random(kSeldomAsleep) == 0) rounds = 1 + random(kLongestSleep);
+      if (rounds > 0) {
+        --rounds;
+        slept = true;
+        continue;
+      }
       for (int l = warp * kWarp; l < (warp + 1) * kWarp && l < b.threads; ++l) {
         Fiber& fiber = b.fibers[size_t(l)];
         if (fiber.done || (fiber.waits_on && *fiber.waits_on == fiber.waits_while)) continue;
@@ -209,8 +218,8 @@ void run_block() {
       }
     }
     const bool under_way = !b.in_flight.empty();
-    advance_what_is_in_flight(nobody_ran);
-    if (b.progress == before && !under_way) {
+    advance_what_is_in_flight(nobody_ran && !slept);
+    if (b.progress == before && !under_way && !slept) {
       b.fault = deadlock();
       return;
     }
