@@ -21,6 +21,7 @@ struct Mbarrier {
   int64_t made_at;  // block_barriers() then
 };
 std::map<uint64_t*, Mbarrier> mbarriers;
+int64_t loads = 0;  // since the start of the process
 
 struct NamedBarrier {
   int threads = 0, arrived = 0;
@@ -104,6 +105,7 @@ void tma_load(char* to, const CUtensorMap* map, uint64_t* barrier, const int (&a
   const int line = map->box[0] * 2, lines = map->box[1] * map->box[2] * map->box[3], bytes = line * lines;
   check_shared(to, size_t(bytes), size_t(map->swizzle) * 8, "TMA: the box");
   usable(barrier);
+  ++loads;
   std::memset(to, 0xff, size_t(bytes));  // NaN until it is there
   start(
       [=, map = *map, x = at[0], y = at[1], z = at[2], w = at[3]] {
@@ -176,6 +178,9 @@ void change_registers(int to, bool more) {
 }
 
 }  // namespace simulator
+
+// For tests that want to know whether a kernel for Hopper has run.
+extern "C" __attribute__((visibility("default"))) int64_t simulator_tma_loads() { return simulator::loads; }
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
