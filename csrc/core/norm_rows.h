@@ -13,8 +13,8 @@ struct NormParams {
   Rows x, y;           // forward; in backward, x is what was normalised
   Rows residual, sum;  // or null: x + residual is normalised, and written to sum
   Rows dy, dx, dsum;   // backward; dsum, the gradient of sum, or null
-  double* dw_partial;  // [blocks, length], or null
-  double* db_partial;
+  void* dw_partial;    // [blocks, length], or null: double; on the GPU float where x has 16 bits
+  void* db_partial;
 };
 
 // Rows of scratch, of the compute type: the parameters, the sum, and x, residual and y where they are strided.

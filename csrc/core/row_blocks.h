@@ -21,6 +21,7 @@ struct RowBlocks {
     if (part > size) size = part;
     size = (size + kRowGroup - 1) / kRowGroup * kRowGroup;
   }
+  RowBlocks(int64_t rows_in_all, int64_t size_of_block) : rows(rows_in_all), size(size_of_block) {}
   GK_HOST_DEVICE int64_t count() const { return (rows + size - 1) / size; }
   GK_HOST_DEVICE int64_t begin(int64_t block) const { return block * size; }
   GK_HOST_DEVICE int64_t end(int64_t block) const { return begin(block) + size < rows ? begin(block) + size : rows; }

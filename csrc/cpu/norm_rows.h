@@ -143,8 +143,8 @@ void norm_backward(const NormParams& p, const RowBlocks& blocks, int64_t begin, 
   const C* weight = stage_parameter<C>(p.weight, n, 1, scratch);
   T* staged = reinterpret_cast<T*>(scratch + n);
   for (int64_t block = begin; block < end; ++block) {
-    double* dw = p.dw_partial ? p.dw_partial + block * n : nullptr;
-    double* db = p.db_partial ? p.db_partial + block * n : nullptr;
+    double* dw = p.dw_partial ? static_cast<double*>(p.dw_partial) + block * n : nullptr;
+    double* db = p.db_partial ? static_cast<double*>(p.db_partial) + block * n : nullptr;
     for (int64_t i = 0; dw && i < n; ++i) dw[i] = 0;
     for (int64_t i = 0; db && i < n; ++i) db[i] = 0;
     int64_t r = blocks.begin(block);

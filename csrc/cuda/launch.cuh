@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 namespace genai_kernels {
 
 template <class... Parameters, class... Arguments>

@@ -51,10 +51,25 @@ GK_DEVICE uint32_t pack<fp16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// 16 bytes of global or shared memory, aligned to 16. Data of one's own kernel that nothing writes: load_constant_16.
+GK_DEVICE uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
+GK_DEVICE uint4 load_constant_16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
+GK_DEVICE void store_16(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
+
+// The compiler cannot tell that a word is what it was: it unpacks it again instead of holding on to both forms.
+GK_DEVICE void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
+
 // 2^x, to 2 ULP; subnormal results are zero.
 GK_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x for 2^-126 < x < 2^126, to 1 ULP.
+GK_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -84,6 +84,13 @@ inline Dtype float_dtype(const char* op, const char* name, const TensorRef& t) {
   return Dtype::f32;
 }
 
+// The CUDA kernels compute in float32.
+inline void check_gpu_dtype(const char* op, const char* name, Dtype dtype) {
+  GK_CHECK_IMPLEMENTED(dtype != Dtype::f64, op, name,
+                       ": float64: expected float32, bfloat16 or float16 on CUDA, got float64; "
+                       "convert it, or move it to the CPU");
+}
+
 inline void check_same_dtype(const char* op, const char* name, const TensorRef& t, const char* like_name,
                              const TensorRef& like) {
   GK_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, name, ": expected the dtype of ", like_name, ", ",

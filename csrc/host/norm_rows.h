@@ -1,6 +1,8 @@
 // What the hosts of the row norms share: checks, and the loops over rows.
 #pragma once
 #include "core/norm_rows.h"
+#include "cuda/norm_row_blocks.h"
+#include "cuda/stage_parameter.h"
 #include "host/alloc.h"
 #include "host/check.h"
 #include "host/gpu.h"
@@ -43,10 +45,37 @@ inline void check_norm_output(const char* op, const char* name, const TensorRef&
   if (bias) check_no_overlap(op, name, out, "bias", *bias);
 }
 
+// Parameters as the CUDA kernels read them, 16 bytes at a time: contiguous, aligned, a whole number of vectors, of the
+// rows' type or float32. Others are copied first.
+class GpuParameter {
+ public:
+  GpuParameter(const char* op, const TensorRef& x, const NormParams& p, Parameter& parameter) {
+    const int64_t n = p.x.length;
+    const bool as_it_is = parameter.stride == 1 && reinterpret_cast<uintptr_t>(parameter.data) % 16 == 0 &&
+                          (parameter.dtype == p.dtype || parameter.dtype == Dtype::f32) &&
+                          n % (p.dtype == Dtype::f32 ? 4 : 8) == 0;
+    if (!parameter.data || as_it_is) return;
+    staged_ = new_empty(x, {staged_length(n)}, ScalarType::Float);
+    float* data = static_cast<float*>(staged_.mutable_data_ptr());
+    run_on_gpu(op, x, [&](cudaStream_t stream) { return launch_stage_parameter(parameter, n, data, stream); });
+    parameter = {data, 1, Dtype::f32};
+  }
+
+ private:
+  Tensor staged_;
+};
+
+template <class Launch>
+void run_norm_on_gpu(const char* op, const TensorRef& x, NormParams p, const Launch& launch) {
+  check_gpu_dtype(op, "x", p.dtype);
+  const GpuParameter weight(op, x, p, p.weight), bias(op, x, p, p.bias);
+  run_on_gpu(op, x, [&](cudaStream_t stream) { return launch(p, stream); });
+}
+
 template <class Kernel, class Launcher>
 void run_norm_forward(const char* op, const NormParams& p, const TensorRef& x, Kernel kernel, Launcher launch) {
   if (p.x.count == 0 || p.x.length == 0) return;
-  if (on_gpu(x)) return run_on_gpu(op, x, [&](cudaStream_t stream) { return launch(p, stream); });
+  if (on_gpu(x)) return run_norm_on_gpu(op, x, p, launch);
   parallel_for_elements(p.x.count, p.x.length, [&](int64_t begin, int64_t end) {
     const Scratch scratch(p.x.length * kNormForwardScratchRows * compute_bytes(p.dtype));
     kernel(p, begin, end, scratch.get());
@@ -69,21 +98,24 @@ void run_norm_backward(const char* op, NormParams& p, const TensorRef& dy, const
       }
     return;
   }
-  const RowBlocks blocks(p.x.count);
   if (on_gpu(x)) {
+    check_gpu_dtype(op, "x", p.dtype);
+    const RowBlocks blocks = gpu_norm_blocks(p.x.count, p.x.length, p.dtype);
     Tensor dw_partial, db_partial;
-    const auto partial = [&](const Tensor* wanted, Tensor& sums) -> double* {
+    const auto partial = [&](const Tensor* wanted, Tensor& sums) -> void* {
       if (!wanted) return nullptr;
-      sums = new_empty(x, {blocks.count(), p.x.length}, ScalarType::Double);
-      return static_cast<double*>(sums.mutable_data_ptr());
+      const ScalarType type = p.dtype == Dtype::f32 ? ScalarType::Double : ScalarType::Float;
+      sums = new_empty(x, {blocks.count(), p.x.length}, type);
+      return sums.mutable_data_ptr();
     };
     p.dw_partial = partial(dw, dw_partial);
     p.db_partial = partial(db, db_partial);
-    run_on_gpu(op, x, [&](cudaStream_t stream) { return launch(p, blocks, stream); });
+    run_norm_on_gpu(op, x, p, [&](const NormParams& staged, cudaStream_t s) { return launch(staged, blocks, s); });
     if (dw) sum_blocks(float_dtype(op, "weight", *dw), dw_partial, *dw);
     if (db) sum_blocks(float_dtype(op, "bias", *db), db_partial, *db);
     return;
   }
+  const RowBlocks blocks(p.x.count);
   const int64_t wanted = (dw ? 1 : 0) + (db ? 1 : 0), size = blocks.count() * p.x.length;
   const Scratch sums(wanted * size * int64_t(sizeof(double)));
   double* next = static_cast<double*>(sums.get());
@@ -93,8 +125,8 @@ void run_norm_backward(const char* op, NormParams& p, const TensorRef& dy, const
     const Scratch scratch(p.x.length * kNormBackwardScratchRows * compute_bytes(p.dtype));
     kernel(p, blocks, begin, end, scratch.get());
   });
-  if (dw) sum_blocks(p.dw_partial, blocks.count(), *dw);
-  if (db) sum_blocks(p.db_partial, blocks.count(), *db);
+  if (dw) sum_blocks(static_cast<double*>(p.dw_partial), blocks.count(), *dw);
+  if (db) sum_blocks(static_cast<double*>(p.db_partial), blocks.count(), *db);
 }
 
 // A gradient like a parameter, or empty where it is not wanted.

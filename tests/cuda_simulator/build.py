@@ -6,6 +6,8 @@ in CUDA's place. It takes the place of genai_kernels/_C in a process of its own 
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -17,12 +19,16 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / "build/cuda_simulator"
 
 
-def compile_flags() -> list[str]:
-    includes = [HERE, ROOT / "csrc", sysconfig.get_paths()["include"], *include_paths()]
+def beside_python(program: str) -> Path:
+    return Path(sysconfig.get_path("scripts"), program)
+
+
+def compile_flags(csrc: Path = ROOT / "csrc") -> list[str]:
+    includes = [HERE, csrc, sysconfig.get_paths()["include"], *include_paths()]
     return [
         "-O2", "-g1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread",
         "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
-        "-DGENAI_KERNELS_CUDA", '-DGENAI_KERNELS_VERSION=\\"simulator\\"', "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DGENAI_KERNELS_CUDA", '-DGENAI_KERNELS_VERSION="simulator"', "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DPy_LIMITED_API=0x030a0000", *(f"-I{path}" for path in includes),
     ]  # fmt: skip
 
@@ -36,29 +42,58 @@ def sources() -> list[Path]:
     ]  # fmt: skip
 
 
+def link_command(objects: list[Path], library: Path) -> list[str]:
+    folders = [f for path in library_paths() for f in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    return ["g++", "-shared", "-o", str(library), *map(str, objects), *folders, "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def link(objects: list[Path], library: Path) -> None:
+    """CPU kernels, which are not compiled here, and CUDA kernels that a room does not have yet, become null."""
+    subprocess.run(link_command(objects, library), check=True)
+    names = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True).stdout.split()
+    missing = [f"-Wl,--defsym={n}=0" for n in names if "genai_kernels" in n]
+    if missing:
+        subprocess.run([*link_command(objects, library), *missing], check=True)
+
+
 def build(folder: Path = FOLDER) -> Path:
-    """Compiles what changed and returns the library."""
+    """Compiles what changed and returns the library. One process at a time; the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
-    libraries = " ".join(f"-L{path} -Wl,-rpath,{path}" for path in library_paths())
-    lines = [
-        f"flags = {' '.join(compile_flags())}",
-        "rule cxx\n  command = g++ $flags -MMD -MF $out.d -x c++ -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = g++ -shared -o $out $in {libraries} -ltorch -ltorch_cpu -lc10 $missing",
-    ]
-    objects = []
-    for source in sources():
-        objects.append(folder / f"{source.name}.o")
-        lines.append(f"build {objects[-1]}: cxx {source}")
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder)
+
+
+def _build(folder: Path) -> Path:
+    flags = " ".join(flag.replace('"', '\\"') for flag in compile_flags())
+    rule = "  command = g++ $flags -MMD -MF $out.d -x c++ -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+    objects = [folder / f"{source.name}.o" for source in sources()]
+    lines = [f"flags = {flags}", "rule cxx", rule]
+    lines += [f"build {to}: cxx {source}" for to, source in zip(objects, sources(), strict=True)]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    ninja = beside_python("ninja")
+    subprocess.run([ninja if ninja.exists() else "ninja", "-C", folder, "--quiet"], check=True)
     library = folder / "_C.abi3.so"
-    lines.append(f"build {library}: link {' '.join(map(str, objects))}")
-    ninja = [Path(sysconfig.get_path("scripts"), "ninja"), "-C", folder, "--quiet"]
-    missing = ""
-    for _ in range(2):
-        (folder / "build.ninja").write_text(f"missing = {missing}\n" + "\n".join(lines) + "\n")
-        subprocess.run(ninja, check=True)
-        names = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True).stdout.split()
-        missing += " ".join(f"-Wl,--defsym={n}=0" for n in names if "genai_kernels" in n)
+    newest = max(path.stat().st_mtime for path in objects)
+    if not library.exists() or library.stat().st_mtime < newest:
+        link(objects, library)
     return library
+
+
+def build_with_fault(folder: Path, file: str, old: str, new: str, unit: str) -> Path:
+    """The library with one edit of a file of csrc, in a folder of its own; `unit` is the .cu file compiled again."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    source = folder / file
+    text = source.read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"{file}: expected once, got {text.count(old)} times: {old}")
+    source.write_text(text.replace(old, new))
+    flags = ["-O0", "-g0", "-w", *compile_flags(folder / "csrc")[2:]]
+    target = folder / "fault.o"
+    subprocess.run(["g++", *flags, "-x", "c++", "-c", folder / unit, "-o", target], check=True)
+    objects = [target if source.name == Path(unit).name else FOLDER / f"{source.name}.o" for source in sources()]
+    link(objects, folder / "_C.abi3.so")
+    return folder / "_C.abi3.so"
 
 
 if __name__ == "__main__":

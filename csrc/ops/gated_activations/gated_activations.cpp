@@ -48,8 +48,10 @@ int64_t scratch_bytes(const GatedActivationParams& p, bool strided) {
 
 void forward(const GatedActivationParams& p, const TensorRef& x) {
   if (p.x.count == 0 || p.x.length == 0) return;
-  if (on_gpu(x))
+  if (on_gpu(x)) {
+    check_gpu_dtype(kNames[int(p.gate)], "x", p.dtype);
     return run_on_gpu(kNames[int(p.gate)], x, [&](cudaStream_t s) { return launch_gated_activation_fwd(p, s); });
+  }
   const int64_t bytes = scratch_bytes(p, p.x.inner_stride != 1 || p.y.inner_stride != 1);
   parallel_for_elements(p.x.count, p.x.length, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
@@ -91,6 +93,7 @@ Tensor gated_bwd(const TensorRef& dy, const TensorRef& x) {
   p.dx = write_rows(op, "dx", dx);
   if (p.x.count == 0 || p.x.length == 0) return dx;
   if (on_gpu(x)) {
+    check_gpu_dtype(op, "x", p.dtype);
     run_on_gpu(op, x, [&](cudaStream_t s) { return launch_gated_activation_bwd(p, s); });
     return dx;
   }

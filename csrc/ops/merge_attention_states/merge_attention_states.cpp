@@ -52,6 +52,7 @@ MergeAttentionStatesParams checked_params(const TensorRef& o_a, const TensorRef&
   check_same_shape(kOp, "o_b", o_b, "o_a", o_a);
   check_per_row("lse_a", lse_a, o_a, p.dtype);
   check_per_row("lse_b", lse_b, o_a, p.dtype);
+  if (on_gpu(o_a)) check_gpu_dtype(kOp, "o_a", p.dtype);
   p.tokens = o_a.size(o_a.dim() - 3);
   p.heads = o_a.size(o_a.dim() - 2);
   p.o_a = read_rows(kOp, "o_a", o_a);

@@ -1,21 +1,36 @@
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+// RMS norm on the GPU; the text is in cuda/norm_rows.cuh and cuda/norm_rows_bwd.cuh.
 #include "ops/rms_norm/rms_norm.h"
 
-namespace genai_kernels {
+#include "cuda/norm_rows_bwd.cuh"
 
-__global__ void rms_norm_fwd(NormParams p) {
-  const int64_t row = blockIdx.x;
-  const float* x = p.x.row<float>(row);
-  float sum = 0;
-  for (int64_t i = threadIdx.x; i < p.x.length; i += 32) sum += x[i * p.x.inner_stride] * x[i * p.x.inner_stride];
-  for (int m = 16; m; m >>= 1) sum += __shfl_xor_sync(~0u, sum, m);
-  const float r = rsqrtf(sum / float(p.x.length) + float(p.eps));
-  for (int64_t i = threadIdx.x; i < p.x.length; i += 32) p.y.row<float>(row)[i] = x[i * p.x.inner_stride] * r * (p.weight.data ? static_cast<const float*>(p.weight.data)[i * p.weight.stride] : 1.f);
+namespace genai_kernels {
+namespace {
+
+template <class T, int kVectors, bool kHeld>
+__global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>)
+    rms_norm_fwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowLaunch rows) {
+  normalise_rows<T, false, false, kVectors, kHeld>(p, rows);
 }
 
+template <class T, int kVectors, bool kHeld>
+__global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>)
+    rms_norm_bwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowBlocks blocks,
+    const __grid_constant__ RowLaunch rows) {
+  normalise_rows_backward<T, false, kVectors, kHeld>(p, blocks, rows);
+}
+
+}  // namespace
+
 cudaError_t launch_rms_norm_fwd(const NormParams& p, cudaStream_t stream) {
-  return launch(rms_norm_fwd, dim3(unsigned(p.x.count)), 32, 0, stream, p);
+  return launch_norm_forward(p, stream, [](auto type, auto vectors, auto held) {
+    return &rms_norm_fwd_kernel<typename decltype(type)::type, decltype(vectors)::value, decltype(held)::value>;
+  });
+}
+
+cudaError_t launch_rms_norm_bwd(const NormParams& p, const RowBlocks& blocks, cudaStream_t stream) {
+  return launch_norm_backward(p, blocks, stream, [](auto type, auto vectors, auto held) {
+    return &rms_norm_bwd_kernel<typename decltype(type)::type, decltype(vectors)::value, decltype(held)::value>;
+  });
 }
 
 }  // namespace genai_kernels

@@ -80,6 +80,7 @@ RotaryParams checked_params(const TensorRef& x, const TensorRef& cos, const Tens
   p.sin = read_rows(kOp, "sin", sin);
   p.positions = per_token("positions", *positions, 0, x);
   p.long_positions = type == ScalarType::Long;
+  if (on_gpu(x)) return p;  // whose memory is not read here: a position outside of the table gives NaN
   p.long_positions ? check_range<int64_t>(p.positions, p.cos.count) : check_range<int32_t>(p.positions, p.cos.count);
   return p;
 }
@@ -89,6 +90,7 @@ void run(RotaryParams& p, const TensorRef& y) {
   p.y = rows_of(kOp, "out", y, y.data(), 2);
   p.y_head_stride = y.stride(y.dim() - 2);
   if (p.x.count == 0 || p.heads == 0 || p.head_dim == 0) return;
+  if (on_gpu(y)) check_gpu_dtype(kOp, "x", p.dtype);
   if (on_gpu(y)) return run_on_gpu(kOp, y, [&](cudaStream_t stream) { return launch_rotary_fwd(p, stream); });
   parallel_for_elements(p.x.count, p.heads * p.head_dim, [&](int64_t begin, int64_t end) {
     const Scratch scratch((2 * p.rotary_dim + p.head_dim) * compute_bytes(p.dtype));

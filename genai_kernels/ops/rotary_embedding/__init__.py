@@ -123,7 +123,8 @@ def rotary_embedding(
         x: `[..., tokens, heads, head_dim]`, float32, bfloat16, float16 or float64, any strides: queries or keys.
         cos, sin: tables `[positions, rotary_dim / 2]` if `positions` is given, otherwise one row per token,
             broadcast to `[..., tokens, rotary_dim / 2]`; any floating dtype.
-        positions: int32 or int64, broadcast to `[..., tokens]`: the row of the table of each token.
+        positions: int32 or int64, broadcast to `[..., tokens]`: the row of the table of each token. On the GPU they are
+            not looked at before the kernel runs: one outside of the table makes its token NaN.
         interleaved: the pairing.
         out: shape and dtype of x, written and returned instead of a new tensor; x itself rotates in place. Not
             differentiable.
@@ -133,7 +134,7 @@ def rotary_embedding(
 
     Raises:
         ValueError: a shape that does not fit; an `out` that overlaps x partly.
-        IndexError: a position outside of the table.
+        IndexError: a position outside of the table, on the CPU.
         TypeError: a dtype that does not fit.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.

@@ -36,6 +36,22 @@ template <class T>
 uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
 }
+inline void check_aligned_16(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) simulator::fail("an access to 16 bytes that are not aligned to 16");
+}
+inline uint4 load_16(const void* from) {
+  check_aligned_16(from);
+  uint4 value;
+  std::memcpy(&value, from, 16);
+  return value;
+}
+inline uint4 load_constant_16(const void* from) { return load_16(from); }
+inline void store_16(void* to, uint4 value) {
+  check_aligned_16(to);
+  std::memcpy(to, &value, 16);
+}
+inline void forget(uint32_t&) {}
+inline float reciprocal_approx(float x) { return 1 / x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 // ---- asynchronous copies (sm_80) ----
