@@ -84,6 +84,7 @@ struct Fiber {
 struct Warp {
   Meeting meeting;
   void* handed[kWarp];
+  int left = 0;  // threads that ended, or that the block has not
 };
 
 struct Block {
@@ -117,6 +118,7 @@ void run_thread() {
   Fiber& fiber = block.fibers[size_t(block.current)];
   fiber.done = true;
   ++block.left;
+  ++block.warps[size_t(block.current / kWarp)].left;
   ++block.progress;
   back_to_scheduler();
 }
@@ -171,6 +173,7 @@ void run_block() {
   b.left = 0;
   b.everyone = {};
   b.warps.assign(size_t((b.threads + kWarp - 1) / kWarp), Warp{});
+  b.warps.back().left = int(b.warps.size()) * kWarp - b.threads;
   b.in_flight.clear();
   // The end of shared memory is the end of the arena, so that tools that watch the heap see an access beyond it.
   b.arena.reset(new char[b.shared_bytes + 1024]);
@@ -237,7 +240,7 @@ void wait_while(const int64_t* counter, int64_t value, const char* label) {
 }
 
 void meet(Meeting& meeting, int count, const char* label, const std::function<void()>& action) {
-  if (meeting.arrived && std::strcmp(meeting.label, label) != 0)
+  if (meeting.arrived && meeting.label != label && std::strcmp(meeting.label, label) != 0)
     fail(std::string("threads meet at ") + meeting.label + " and at " + label);
   meeting.label = label;
   const int64_t generation = meeting.generation;
@@ -280,14 +283,11 @@ void check_shared(const void* p, size_t bytes, size_t alignment, const char* wha
 }
 
 void with_warp(const char* label, void* mine, const std::function<void(void* const (&lanes)[kWarp])>& action) {
-  const int first = block.current / kWarp * kWarp;
   Warp& warp = block.warps[size_t(block.current / kWarp)];
-  if (!warp.meeting.arrived) std::memset(warp.handed, 0, sizeof warp.handed);
-  warp.handed[block.current - first] = mine;
-  int count = 0;
-  for (int l = first; l < first + kWarp && l < block.threads; ++l) count += !block.fibers[size_t(l)].done;
-  if (count != kWarp) fail(std::string(label) + " in a warp that has lost some of its threads");
-  meet(warp.meeting, count, label, [&] { action(warp.handed); });
+  warp.handed[block.current % kWarp] = mine;
+  if (warp.left) fail(std::string(label) + " in a warp that has lost some of its threads");
+  if (warp.meeting.arrived + 1 < kWarp) return meet(warp.meeting, kWarp, label);
+  meet(warp.meeting, kWarp, label, [&] { action(warp.handed); });
 }
 
 void synchronize_threads() { meet(block.everyone, block.threads, "__syncthreads"); }

@@ -24,10 +24,11 @@ struct Backward {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;
   // Sums of dK and dV together, beside C and D, fit in registers up to here. Beyond, a block has one of the two.
   static constexpr bool kBoth = kOfKeys && kDim <= 128;
-  // Two steps in shared memory where three blocks (dim 64) or two (128) still fit on an SM of 164 KiB; at 256, what fits in
+  // Two steps in shared memory where three blocks (dim 64) or two (128) still fit on an SM of 164 KiB; at 256, one fits in
   // the 99 KiB of the smaller cards.
   static constexpr int kStages = kDim <= 128 ? 2 : 1;
-  static constexpr int kStep = kDim <= 64 ? 64 : kDim <= 128 || !kExtras ? 32 : 16;
+  // C and D of a step lie in registers beside the sums: what is left of 255 for them.
+  static constexpr int kStep = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
   static constexpr int kRowBytes = 2 * kRows * kDim * int(sizeof(T));
   static constexpr int kStageBytes = 2 * kStep * kDim * int(sizeof(T)) + 4 * kStep * int(sizeof(float));
   static constexpr int kScratchBytes = kExtras ? 2 * kRows * kStep * int(sizeof(float)) : 0;
@@ -42,7 +43,7 @@ GK_DEVICE RowFactors row_factors(const FlashAttentionParams& p, const Sequence& 
   if (query >= s.queries) return {kAttentionInfinity, 0.f, 0.f};
   const int64_t row = s.row(p, head, query);
   const RowState state = row_state(p, row);
-  if (state.max == -kAttentionInfinity) return {kAttentionInfinity, 0.f, 0.f};
+  if (state.sees_nothing()) return {kAttentionInfinity, 0.f, 0.f};
   return {state.max, state.inverse, reinterpret_cast<const float*>(p.delta)[row]};
 }
 
@@ -175,7 +176,8 @@ struct BackwardBlock {
       } else {
         const RowFactors f =
             C::kOfKeys ? RowFactors{of_step[column], of_step[C::kStep + column], of_step[2 * C::kStep + column]}
-                       : row[half];
+                       : RowFactors{half ? row[1].max : row[0].max, half ? row[1].inverse : row[0].inverse,
+                                    half ? row[1].delta : row[0].delta};  // no index: it would move row out of registers
         const float factor = p.dropout_p > 0 ? simt::dropout_of(p, s, head, query, key) : 1.f;
         x = exp2_approx((x - f.max) * unit) * f.inverse;
         y = cap * gradient(x, factor * mine_too[i * C::kThreads], f.delta, f.inverse, true, head, query);

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) flash_attention_delta_kernel(FlashAt
   const bool empty = !t.owned || reinterpret_cast<const float*>(p.lse)[row] == -kAttentionInfinity;
   double sum = 0;
   // a row without keys has out = 0, whatever dO: with a sink its lse is finite
-  if (!empty && row_state(p, row).max != -kAttentionInfinity) {
+  if (!empty && !row_state(p, row).sees_nothing()) {
     const T *out = token_at<T>(p.out, s.batch, token, t.head), *dout = token_at<T>(p.dout, s.batch, token, t.head);
     for (int64_t d = lane(); d < p.value_dim; d += 32)
       sum += double(to_float(out[d * p.out.dim])) * double(to_float(dout[d * p.dout.dim]));
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) flash_attention_dsink_kernel(FlashAt
     const float delta = reinterpret_cast<const float*>(p.delta)[row];
     const RowState state = row_state(p, row);
     const double share =
-        state.max == -kAttentionInfinity ? 1 : exp(sink - double(state.max) * unit) * double(state.inverse);
+        state.sees_nothing() ? 1 : exp(sink - double(state.max) * unit) * double(state.inverse);
     if (reinterpret_cast<const float*>(p.lse)[row] != -kAttentionInfinity) sum -= share * delta;
   }
   sum = simt::warp_sum(sum);

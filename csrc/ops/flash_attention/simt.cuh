@@ -129,7 +129,7 @@ GK_DEVICE Pair differentiate_pair(const FlashAttentionParams& p, const Sequence&
   Pair pair{0, 0, 1, false};
   const int64_t row = s.row(p, head, query);
   const RowState state = row_state(p, row);
-  if (key < first_key(p, s, query) || key > last_key(p, s, query) || state.max == -kAttentionInfinity) return pair;
+  if (key < first_key(p, s, query) || key > last_key(p, s, query) || state.sees_nothing()) return pair;
   const int kv_head = head / int(p.group);
   float score = dot(token_at<T>(p.q, s.batch, s.query_begin + query, head), p.q.dim,
                     token_at<T>(p.k, s.batch, s.key_begin + key, kv_head), p.k.dim, p.head_dim);

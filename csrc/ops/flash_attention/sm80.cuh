@@ -12,16 +12,15 @@
 
 namespace genai_kernels::sm80 {
 
+// Rows of 128 bytes and multiples of it repeat the banks every row, rows of 64 and 192 every second row.
+GK_DEVICE int swizzle(int dim, int row) { return dim % 64 == 0 ? row & 7 : row >> 1 & 3; }
+
 template <class T, int kDim>
 struct TileMemory {
   static constexpr int kChunks = kDim / 8;
   T* data;
 
-  // Rows of 128 bytes and multiples of it repeat the banks every row, rows of 64 and 192 every second row.
-  GK_DEVICE T* chunk(int row, int c) const {
-    const int swizzle = kDim % 64 == 0 ? row & 7 : row >> 1 & 3;
-    return data + row * kDim + ((c ^ swizzle) << 3);
-  }
+  GK_DEVICE T* chunk(int row, int c) const { return data + row * kDim + ((c ^ swizzle(kDim, row)) << 3); }
 };
 
 // True if every 16 bytes of a token's row may be copied at once.
@@ -31,29 +30,32 @@ GK_DEVICE bool is_aligned(const HeadsView& view, int64_t dims) {
          (reinterpret_cast<uintptr_t>(view.data) & 15) == 0;
 }
 
+// load_tile for memory of any strides: element by element, at once.
+template <class T>
+GK_DEVICE_COLD void load_tile_by_elements(T* to, int rows, int dim, int threads, const T* from, int64_t token_stride,
+                                          int64_t dim_stride, int count, int dims) {
+  for (int i = threadIdx.x; i < rows * dim / 8; i += threads) {
+    const int row = i / (dim / 8), c = i % (dim / 8);
+    T* chunk = to + row * dim + ((c ^ swizzle(dim, row)) << 3);
+    for (int d = 0; d < 8; ++d)
+      chunk[d] = row < count && 8 * c + d < dims ? from[row * token_stride + (8 * c + d) * dim_stride] : T{0};
+  }
+}
+
 // Starts to load tokens [token, token + count) of a head into a tile of kRows; zeros in all other places. Asynchronous
-// where the memory is aligned; otherwise element by element, at once.
+// where the memory is aligned.
 template <int kRows, int kThreads, class T, int kDim>
 GK_DEVICE void load_tile(TileMemory<T, kDim> to, const HeadsView& view, int64_t batch, int64_t token, int head, int count,
                          int dims) {
   constexpr int kChunks = TileMemory<T, kDim>::kChunks;
   const T* from = token_at<T>(view, batch, token, head);
-  if (is_aligned<T>(view, dims)) {
+  if (!is_aligned<T>(view, dims))
+    return load_tile_by_elements<T>(to.data, kRows, kDim, kThreads, from, view.token, view.dim, count, dims);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-      const int row = i / kChunks, c = i % kChunks;
-      const bool valid = row < count && 8 * c < dims;
-      copy_async_16(to.chunk(row, c), valid ? from + row * view.token + 8 * c : from, valid);
-    }
-    return;
-  }
-#pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, c = i % kChunks;
-    T* chunk = to.chunk(row, c);
-#pragma unroll 1
-    for (int d = 0; d < 8; ++d)
-      chunk[d] = row < count && 8 * c + d < dims ? from[row * view.token + (8 * c + d) * view.dim] : T{0};
+    const bool valid = row < count && 8 * c < dims;
+    copy_async_16(to.chunk(row, c), valid ? from + row * view.token + 8 * c : from, valid);
   }
 }
 
@@ -71,7 +73,8 @@ template <int kTiles, int kColumns, class T, int kDim>
 GK_DEVICE void multiply_rows(float (&c)[kTiles][kColumns / 8][4], TileMemory<T, kDim> a, int row,
                              TileMemory<T, kDim> b, int column) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
+  constexpr int kUnrolled = kDim > 128 ? 2 : kDim > 64 ? 4 : kDim / 16;  // all of a long sum would want its addresses in registers
+#pragma unroll kUnrolled
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t left[kTiles][4];
 #pragma unroll

@@ -128,8 +128,10 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
     uint32_t b[2];
   } mine{d, a, {b0, b1}};
   simulator::with_warp("mma.sync", &mine, [](void* const(&lanes)[32]) {
-    float a[16][16], b[16][8];
-    const auto element = [](uint32_t pair, int i) { return to_float(T{uint16_t(pair >> 16 * i)}); };
+    typedef double Row __attribute__((vector_size(64)));
+    double a[16][16];
+    Row b[16];
+    const auto element = [](uint32_t pair, int i) { return double(to_float(T{uint16_t(pair >> 16 * i)})); };
     for (int l = 0; l < 32; ++l) {
       const Mine& from = *static_cast<Mine*>(lanes[l]);
       const int g = l / 4, t = l % 4;
@@ -139,13 +141,15 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
         for (int part = 0; part < 2; ++part) b[2 * t + i + 8 * part][g] = element(from.b[part], i);
       }
     }
+    Row sums[16];  // the products are exact; the hardware's order of the sum is its own
+    for (int row = 0; row < 16; ++row) {
+      sums[row] = Row{};
+      for (int k = 0; k < 16; ++k) sums[row] += a[row][k] * b[k];
+    }
     for (int l = 0; l < 32; ++l)
       for (int i = 0; i < 4; ++i) {
-        const int row = l / 4 + 8 * (i >> 1), column = 2 * (l % 4) + (i & 1);
-        double sum = 0;  // the products are exact in float; the hardware's order of the sum is its own
-        for (int k = 0; k < 16; ++k) sum += double(a[row][k]) * b[k][column];
         float& to = static_cast<Mine*>(lanes[l])->d[i];
-        to = float(to + sum);
+        to = float(to + sums[l / 4 + 8 * (i >> 1)][2 * (l % 4) + (i & 1)]);
       }
   });
 }
