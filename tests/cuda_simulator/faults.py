@@ -20,6 +20,8 @@ GATED = "csrc/ops/gated_activations/gated_activations.cu"
 ROTARY = "csrc/ops/rotary_embedding/rotary_embedding.cu"
 MERGE = "csrc/ops/merge_attention_states/merge_attention_states.cu"
 SUM_BLOCKS = "csrc/cuda/sum_blocks.cu"
+ATTENTION = "csrc/ops/flash_attention/"
+HOPPER_TILE = "csrc/cuda/hopper_tile.cuh"
 
 
 @dataclass(frozen=True)
@@ -119,4 +121,84 @@ FAULTS = [
           "head * values.token + token * values.head", MERGE, judge("merge_attention_states")),
     Fault("an empty side is looked at", MERGE, "if (w.a_empty || w.b_empty) return w;", "", MERGE,
           judge("merge_attention_states")),
+]  # fmt: skip
+
+
+def hopper(name: str, file: str, old: str, new: str, check: str = "forward", daily: bool = False) -> Fault:
+    unit = f"{ATTENTION}flash_attention_{'bwd' if check == 'backward' else 'fwd'}_sm90.cu"
+    return Fault(name, file, old, new, unit, ("hopper", check), daily, capability=90)
+
+
+FORWARD_90 = ATTENTION + "flash_attention_fwd_sm90.cuh"
+BACKWARD_90 = ATTENTION + "flash_attention_bwd_sm90.cuh"
+FRAGMENT_90 = ATTENTION + "fragment_sm90.cuh"
+
+FAULTS += [
+    # ---- Hopper: copies and barriers ----
+    hopper("K is not waited for", FORWARD_90, "        barrier_wait(&shared.k_full[next.stage], next.phase);\n", "", daily=True),
+    hopper("V is not waited for", FORWARD_90, "        barrier_wait(&shared.v_full[at.stage], at.phase);\n", ""),
+    hopper("Q is not waited for", FORWARD_90, "      barrier_wait(&shared.q_full, 0);\n", ""),
+    hopper("a stage is filled before it is empty", FORWARD_90,
+           "barrier_wait(&shared.k_empty[at.stage], at.phase ^ 1);  // in the first round, nothing is to be waited for", ""),
+    hopper("the wrong phase of an empty stage", FORWARD_90, "barrier_wait(&shared.v_empty[at.stage], at.phase ^ 1);",
+           "barrier_wait(&shared.v_empty[at.stage], at.phase);", daily=True),
+    hopper("the phase of a ring never flips", HOPPER_TILE, "RingPosition{0, phase ^ 1}", "RingPosition{0, phase}"),
+    hopper("a stage is never released", FORWARD_90, "        release(&shared.k_empty[next.stage]);\n", "", daily=True),
+    hopper("a stage is released before its products are done", FORWARD_90,
+           "        wgmma_wait<0>();\n        register_fence(output);\n        release(&shared.v_empty[at.stage]);",
+           "        release(&shared.v_empty[at.stage]);\n        wgmma_wait<0>();\n        register_fence(output);"),
+    hopper("too few bytes are expected", FORWARD_90, "&shared.v_full[at.stage], shared.v[0].kBytes", "&shared.v_full[at.stage], 64"),
+    hopper("too many bytes are expected", FORWARD_90, "&shared.q_full, shared.q.kBytes", "&shared.q_full, 2 * shared.q.kBytes"),
+    hopper("an arrival of each warpgroup is expected", FORWARD_90, "barrier_init(&shared.k_empty[stage], kWarps);",
+           "barrier_init(&shared.k_empty[stage], kConsumers);"),
+    hopper("no __syncthreads after the barriers are made", FORWARD_90, "  __syncthreads();\n", ""),
+    hopper("no fence after the barriers are made", FORWARD_90, "    barrier_init_fence();\n", ""),
+    hopper("a turn is given that nobody takes", FORWARD_90, "if (warpgroup == 0 || step > 0) give_turn();", "give_turn();"),
+    hopper("the first turn is not given", FORWARD_90, "      if (warpgroup == 1 && steps > 1) give_turn();\n", ""),
+    # ---- Hopper: products ----
+    hopper("scores are read before they are there", FORWARD_90, "        wgmma_wait<1>();  // S is there; P V goes on\n", "",
+           daily=True),
+    hopper("P is overwritten under its product", FORWARD_90,
+           "        wgmma_wait<0>();\n        register_fence(output);\n        release(&shared.v_empty[at.stage]);\n"
+           "        pack_operand<T>(scores, probabilities);\n",
+           "        pack_operand<T>(scores, probabilities);\n"
+           "        wgmma_wait<0>();\n        register_fence(output);\n        release(&shared.v_empty[at.stage]);\n"),
+    hopper("no wgmma.fence", FORWARD_90, "const auto issue_output = [&](int stage) {\n    wgmma_fence();",
+           "const auto issue_output = [&](int stage) {"),
+    hopper("the wrong distance between boxes", HOPPER_TILE, "16 * k * kBox, kRows * kLine)", "16 * k * kBox, 8 * kLine)", daily=True),
+    hopper("the wrong distance between groups of lines", HOPPER_TILE, "uint64_t(8 * kLine >> 4)", "uint64_t(4 * kLine >> 4)"),
+    hopper("the wrong swizzle", HOPPER_TILE, "kSwizzle = kLine == 128 ? 1 : 2;", "kSwizzle = 1;"),
+    hopper("the columns of a box twice", HOPPER_TILE, "row * kBox + column % kBox, 16)", "row * kBox + column % 32, 16)"),
+    hopper("rows of V of the step before", HOPPER_TILE, "descriptor(elements + 16 * k * kBox, kRows",
+           "descriptor(elements + 16 * (k ? k - 1 : 0) * kBox, kRows"),
+    hopper("both warpgroups take the first queries", FORWARD_90, "shared.q.along_columns(warpgroup * 64, k)",
+           "shared.q.along_columns(0, k)"),
+    hopper("rows of a fragment exchanged", FRAGMENT_90, "int row_half(int i) { return i >> 1 & 1; }",
+           "int row_half(int i) { return i & 1; }", daily=True),
+    hopper("registers of an operand exchanged", FRAGMENT_90, "to[i / 4][i % 4] = pack", "to[i / 4][i % 4 ^ 1] = pack"),
+    hopper("a quad's pieces in the wrong order", FRAGMENT_90, "const bool upper = threadIdx.x & distance;",
+           "const bool upper = threadIdx.x & 1;"),
+    # ---- Hopper: attention ----
+    hopper("the last key is hidden", FRAGMENT_90, "column_of(i) <= last[row_half(i)]", "column_of(i) < last[row_half(i)]", daily=True),
+    hopper("the end of the keys is not hidden", FORWARD_90, "else if (!visit.full(key))", "else if (p.right >= 0 && !visit.full(key))"),
+    hopper("O is not rescaled", FORWARD_90, "output[i] *= alpha[row_half(i)];", ";"),
+    hopper("half a quad's sum", FRAGMENT_90, "return x + __shfl_xor_sync(~0u, x, 2);", "return x;"),
+    hopper("the wrong word of dropout", FRAGMENT_90, "mine[e] = odd ? words[2 + e] : words[e];",
+           "mine[e] = odd ? words[e] : words[2 + e];"),
+    hopper("V is not cleared", FORWARD_90, "        if (cleared) clear_values(at);\n", "", "nonfinite"),
+    hopper("NaN does not arrive", FORWARD_90, "simt::attend_row<T>(", "if (false) simt::attend_row<T>(", "nonfinite"),
+    # ---- Hopper: backward ----
+    hopper("the states of the queries are not waited for", BACKWARD_90, "barrier_init(&shared.full[stage], 2);",
+           "barrier_init(&shared.full[stage], 1);", "backward", daily=True),
+    hopper("dP is read before it is there", BACKWARD_90, "      wgmma_wait<1>();  // dP is there; P^T dO goes on\n", "", "backward"),
+    hopper("Q is released before dK is done", BACKWARD_90,
+           "      wgmma_wait<0>();\n      register_fence(dk);\n      release(&shared.empty[at.stage]);\n",
+           "      release(&shared.empty[at.stage]);\n      wgmma_wait<0>();\n      register_fence(dk);\n", "backward"),
+    hopper("K is released before dQ is done", BACKWARD_90,
+           "      wgmma_wait<0>();\n      register_fence(dq);\n      release(&shared.empty[at.stage]);\n",
+           "      release(&shared.empty[at.stage]);\n      wgmma_wait<0>();\n      register_fence(dq);\n", "backward"),
+    hopper("the state of the wrong query", BACKWARD_90, "shared.state[at.stage] + column_of(0);", "shared.state[at.stage];", "backward"),
+    hopper("the window of the wrong key", BACKWARD_90, "queries_to_visit(p, s, tile.begin + row0 + 8 * h, 1, 1)",
+           "queries_to_visit(p, s, tile.begin + row0, 1, 1)", "backward"),
+    hopper("the scale of dQ is forgotten", BACKWARD_90, "store_rows<T>(dq, by_scale,", "store_rows<T>(dq, {1.f, 1.f},", "backward"),
 ]  # fmt: skip

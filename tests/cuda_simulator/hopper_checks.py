@@ -1,5 +1,5 @@
-"""Judges the Hopper kernels of flash_attention in the simulator: `python hopper_checks.py NAME`, with
-CUDA_SIMULATOR_CAPABILITY=90. Prints a line for everything that is wrong, and ends with status 1 if there was one.
+"""Judges the Hopper kernels of flash_attention in the simulator: `python hopper_checks.py NAME...`. Prints a line for
+everything that is wrong, and ends with status 1 if there was one.
 
 samples    the accuracy rule over the op's own samples, bfloat16 and float16, forward and backward
 forward    the same over calls that reach what the samples do not: every tile shape, rings that go round more than twice
@@ -8,7 +8,10 @@ nonfinite  NaN and infinities that a row does not see change no bit of it, those
 """
 
 import ctypes
+import os
 import sys
+
+os.environ["CUDA_SIMULATOR_CAPABILITY"] = "90"
 
 import load
 import torch
@@ -76,6 +79,8 @@ BACKWARD = [
     (torch.bfloat16, Sample("64", lambda m: qkv(m, b=1, tq=290, tk=210, h=4, hk=2, d=64, return_lse=True))),
     (torch.float16, Sample("128_causal", lambda m: qkv(m, b=1, tq=300, tk=420, h=1, d=128, causal=True))),
     (torch.bfloat16, Sample("96_window", lambda m: qkv(m, b=1, tq=330, h=1, d=96, dv=80, window_size=(100, 70)))),
+    (torch.float16, Sample("192", lambda m: qkv(m, b=1, tq=270, tk=150, h=2, hk=1, d=192, dv=128))),
+    (torch.bfloat16, Sample("256_causal", lambda m: qkv(m, b=1, tq=290, tk=330, h=1, d=256, causal=True))),
 ]  # fmt: skip
 
 
