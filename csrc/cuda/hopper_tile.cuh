@@ -19,8 +19,7 @@ struct alignas(1024) SharedTile {
   // One thread: all columns of rows [token, token + kRows) of a head; `full` gets kBytes, which it has been told to expect.
   GK_DEVICE void load(const CUtensorMap* map, uint64_t* full, int token, int head, int batch) {
 #pragma unroll
-    for (int b = 0; b < kBoxes; ++b)
-      tma_load(elements + b * kRows * kBox, map, full, b * kBox, token, head, batch);
+    for (int b = 0; b < kBoxes; ++b) tma_load(elements + b * kRows * kBox, map, full, b * kBox, token, head, batch);
   }
   // Operand of wgmma with k along the columns: rows from `row` on (a multiple of 8), columns [16 k, 16 k + 16).
   GK_DEVICE uint64_t along_columns(int row, int k) const {

@@ -50,11 +50,11 @@ inline cudaError_t encode_tensor_map(CUtensorMap* map, const BoxedTensor& t, Dty
                                  bytes(t.batch, t.batch_stride)};
   const int box_columns = tensor_box_columns(columns);
   const cuuint32_t box[4] = {cuuint32_t(box_columns), cuuint32_t(rows), 1, 1}, every[4] = {1, 1, 1, 1};
-  const CUresult result = encode(
-      map, dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      const_cast<void*>(t.data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+             const_cast<void*>(t.data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

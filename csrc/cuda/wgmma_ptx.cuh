@@ -39,46 +39,43 @@ GK_DEVICE void register_fence(uint32_t (&r)[kCount]) {
 //
 // The instruction names every register of d: GK_TEN is ten of them in its text, GK_D8 and GK_D32 are those that they
 // stand for; the numbers in the lines below are those of the operands after d.
-#define GK_TEN(tens)                                                                                     \
-  "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens "6, %" #tens   \
-  "7, %" #tens "8, %" #tens "9"
+#define GK_TEN(tens)                                                                                                \
+  "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens "6, %" #tens "7, %" #tens \
+  "8, %" #tens "9"
 #define GK_TENS_40 GK_TEN() ", " GK_TEN(1) ", " GK_TEN(2) ", " GK_TEN(3)
 #define GK_TENS_90 GK_TENS_40 ", " GK_TEN(4) ", " GK_TEN(5) ", " GK_TEN(6) ", " GK_TEN(7) ", " GK_TEN(8)
-#define GK_D8(i)                                                                                            \
+#define GK_D8(i)                                                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define GK_D16 GK_D8(0), GK_D8(8)
 #define GK_D32(i) GK_D8(i), GK_D8(i + 8), GK_D8(i + 16), GK_D8(i + 24)
 
-#define GK_WGMMA_TEXT(n, type, d, a, b, accumulate, transposes)                                           \
-  "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, " accumulate ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n       \
-  "k16.f32." type "." type " {" d "}, " a ", " b ", p, 1, 1, " transposes ";\n\t}"
-#define GK_WGMMA(n, text, registers, n0, n1, n2, n3, n4, n5, n6)                                          \
-  template <class T, bool kTransposeB>                                                                    \
-  GK_DEVICE void wgmma_shared(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate) {                \
-    if constexpr (is_same<T, bf16>)                                                                       \
-      asm volatile(GK_WGMMA_TEXT(n, "bf16", text, n0, n1, n2, "0, " n3)                                   \
-                   : registers                                                                            \
-                   : "l"(a), "l"(b), "r"(accumulate), "n"(int(kTransposeB)));                             \
-    else                                                                                                  \
-      asm volatile(GK_WGMMA_TEXT(n, "f16", text, n0, n1, n2, "0, " n3)                                    \
-                   : registers                                                                            \
-                   : "l"(a), "l"(b), "r"(accumulate), "n"(int(kTransposeB)));                             \
-  }                                                                                                       \
-  template <class T, bool kTransposeB>                                                                    \
-  GK_DEVICE void wgmma_registers(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) { \
-    if constexpr (is_same<T, bf16>)                                                                       \
-      asm volatile(GK_WGMMA_TEXT(n, "bf16", text, "{" n0 ", " n1 ", " n2 ", " n3 "}", n4, n5, n6)         \
-                   : registers                                                                            \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),                 \
-                     "n"(int(kTransposeB)));                                                              \
-    else                                                                                                  \
-      asm volatile(GK_WGMMA_TEXT(n, "f16", text, "{" n0 ", " n1 ", " n2 ", " n3 "}", n4, n5, n6)          \
-                   : registers                                                                            \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),                 \
-                     "n"(int(kTransposeB)));                                                              \
+#define GK_WGMMA_TEXT(n, type, d, a, b, accumulate, transposes)                                                     \
+  "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, " accumulate ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
+  "." type " {" d "}, " a ", " b ", p, 1, 1, " transposes ";\n\t}"
+#define GK_WGMMA(n, text, registers, n0, n1, n2, n3, n4, n5, n6)                                                  \
+  template <class T, bool kTransposeB>                                                                            \
+  GK_DEVICE void wgmma_shared(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate) {                        \
+    if constexpr (is_same<T, bf16>)                                                                               \
+      asm volatile(GK_WGMMA_TEXT(n, "bf16", text, n0, n1, n2, "0, " n3)                                           \
+                   : registers                                                                                    \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(int(kTransposeB)));                                     \
+    else                                                                                                          \
+      asm volatile(GK_WGMMA_TEXT(n, "f16", text, n0, n1, n2, "0, " n3)                                            \
+                   : registers                                                                                    \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(int(kTransposeB)));                                     \
+  }                                                                                                               \
+  template <class T, bool kTransposeB>                                                                            \
+  GK_DEVICE void wgmma_registers(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {         \
+    if constexpr (is_same<T, bf16>)                                                                               \
+      asm volatile(GK_WGMMA_TEXT(n, "bf16", text, "{" n0 ", " n1 ", " n2 ", " n3 "}", n4, n5, n6)                 \
+                   : registers                                                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(kTransposeB))); \
+    else                                                                                                          \
+      asm volatile(GK_WGMMA_TEXT(n, "f16", text, "{" n0 ", " n1 ", " n2 ", " n3 "}", n4, n5, n6)                  \
+                   : registers                                                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(kTransposeB))); \
   }
-
 
 #define GK_D40 GK_D32(0), GK_D8(32)
 #define GK_D48 GK_D32(0), GK_D8(32), GK_D8(40)
@@ -95,7 +92,8 @@ GK_WGMMA(96, GK_TENS_40 ", %40, %41, %42, %43, %44, %45, %46, %47", GK_D48, "%48
 GK_WGMMA(128, GK_TENS_40 ", " GK_TEN(4) ", " GK_TEN(5) ", %60, %61, %62, %63", GK_D64, "%64", "%65", "%66", "%67",
          "%68", "%69", "%70")
 GK_WGMMA(192, GK_TENS_90 ", %90, %91, %92, %93, %94, %95", GK_D96, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
-GK_WGMMA(256, GK_TENS_90 ", " GK_TEN(9) ", " GK_TEN(10) ", " GK_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127",
+GK_WGMMA(256,
+         GK_TENS_90 ", " GK_TEN(9) ", " GK_TEN(10) ", " GK_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127",
          GK_D128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 #undef GK_WGMMA

@@ -21,6 +21,7 @@ struct Mbarrier {
   int64_t made_at;  // block_barriers() then
 };
 std::map<uint64_t*, Mbarrier> mbarriers;
+int64_t loads = 0;  // since the start of the process
 
 struct NamedBarrier {
   int threads = 0, arrived = 0;
@@ -100,16 +101,19 @@ void barrier_wait(uint64_t* barrier, int parity) {
 
 // ---- TMA ----
 void tma_load(char* to, const CUtensorMap* map, uint64_t* barrier, const int (&at)[CUtensorMap::kRank]) {
-  if (map->magic != kMagic || reinterpret_cast<uintptr_t>(map) % 64) fail("TMA: not a tensor map, or not aligned to 64");
+  if (map->magic != kMagic || reinterpret_cast<uintptr_t>(map) % 64)
+    fail("TMA: not a tensor map, or not aligned to 64");
   const int line = map->box[0] * 2, lines = map->box[1] * map->box[2] * map->box[3], bytes = line * lines;
   check_shared(to, size_t(bytes), size_t(map->swizzle) * 8, "TMA: the box");
   usable(barrier);
+  ++loads;
   std::memset(to, 0xff, size_t(bytes));  // NaN until it is there
   start(
       [=, map = *map, x = at[0], y = at[1], z = at[2], w = at[3]] {
         const uint32_t base = shared_offset(to);
         for (int i = 0; i < lines; ++i) {
-          const int64_t row[3] = {y + i % map.box[1], z + i / map.box[1] % map.box[2], w + i / (map.box[1] * map.box[2])};
+          const int64_t row[3] = {y + i % map.box[1], z + i / map.box[1] % map.box[2],
+                                  w + i / (map.box[1] * map.box[2])};
           const char* from = map.data;
           bool inside = true;
           for (int d = 0; d < 3; ++d) {
@@ -154,7 +158,7 @@ void named_barrier(int id, int threads, bool wait) {
 
 // ---- setmaxnreg ----
 void change_registers(int to, bool more) {
-  const auto change = [to, more](void* const (&)[kWarp]) {
+  const auto change = [to, more](void* const(&)[kWarp]) {
     const int warp = thread() / kWarp;
     if (more ? to < registers.of_warp[warp] : to > registers.of_warp[warp])
       fail(more ? "setmaxnreg.inc to fewer registers" : "setmaxnreg.dec to more registers");
@@ -176,6 +180,9 @@ void change_registers(int to, bool more) {
 }
 
 }  // namespace simulator
+
+// For tests that want to know whether a kernel for Hopper has run.
+extern "C" __attribute__((visibility("default"))) int64_t simulator_tma_loads() { return simulator::loads; }
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,

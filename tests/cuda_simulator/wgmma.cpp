@@ -47,7 +47,8 @@ const bool hooked = [] {
   const auto end = [] {
     for (int i = 0; i < kMostThreads / kWarp; ++i) {
       if (!warps[i].open.empty()) fail("the block ended with products that were not committed");
-      if (warps[i].issued != warps[i / 4 * 4].issued) fail("the warps of a warpgroup issued different numbers of wgmma");
+      if (warps[i].issued != warps[i / 4 * 4].issued)
+        fail("the warps of a warpgroup issued different numbers of wgmma");
     }
   };
   add_hooks({begin, end});
@@ -168,7 +169,7 @@ void wgmma_fence() { warps[thread() / kWarp].fenced[lane()] = true; }
 void wgmma(const Product& product) {
   if (!warps[thread() / kWarp].fenced[lane()]) fail("wgmma without a wgmma.fence since the last commit");
   Product mine = product;
-  with_warp("wgmma", &mine, [](void* const (&lanes)[kWarp]) {
+  with_warp("wgmma", &mine, [](void* const(&lanes)[kWarp]) {
     Warp& w = warps[thread() / kWarp];
     Operation o;
     o.product = *static_cast<Product*>(lanes[0]);
@@ -204,7 +205,7 @@ void wgmma_commit() {
   Warp& w = warps[thread() / kWarp];
   w.fenced[lane()] = false;
   ++w.commits[lane()];
-  with_warp("wgmma.commit_group", nullptr, [](void* const (&)[kWarp]) {
+  with_warp("wgmma.commit_group", nullptr, [](void* const(&)[kWarp]) {
     const int warp = thread() / kWarp;
     warps[warp].committed.push_back(std::move(warps[warp].open));
     warps[warp].open.clear();

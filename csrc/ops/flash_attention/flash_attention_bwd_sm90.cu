@@ -39,7 +39,7 @@ cudaError_t launch_shape(const FlashAttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool flash_attention_bwd_sm90_serves(const FlashAttentionParams& p) {
-  return (p.dtype == Dtype::bf16 || p.dtype == Dtype::f16) && widest_dim(p) <= 128 && !scores_are_modified(p) &&
+  return (p.dtype == Dtype::bf16 || p.dtype == Dtype::f16) && widest_dim(p) <= 256 && !scores_are_modified(p) &&
          p.dropout_p == 0 && p.softmax_state && fits(p, p.q, true, p.head_dim) && fits(p, p.k, false, p.head_dim) &&
          fits(p, p.v, false, p.value_dim) && fits(p, p.dout, true, p.value_dim);
 }
@@ -48,9 +48,11 @@ cudaError_t launch_flash_attention_bwd_sm90(const FlashAttentionParams& p, cudaS
   const int64_t dim = widest_dim(p);
   const auto with_dim = [&](auto type) {
     using T = typename decltype(type)::type;
-    return dim <= 64   ? launch_shape<T, 64>(p, stream)
-           : dim <= 96 ? launch_shape<T, 96>(p, stream)
-                       : launch_shape<T, 128>(p, stream);
+    return dim <= 64    ? launch_shape<T, 64>(p, stream)
+           : dim <= 96  ? launch_shape<T, 96>(p, stream)
+           : dim <= 128 ? launch_shape<T, 128>(p, stream)
+           : dim <= 192 ? launch_shape<T, 192>(p, stream)
+                        : launch_shape<T, 256>(p, stream);
   };
   return p.dtype == Dtype::bf16 ? with_dim(TypeTag<bf16>{}) : with_dim(TypeTag<fp16>{});
 }

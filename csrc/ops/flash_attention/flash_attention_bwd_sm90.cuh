@@ -37,11 +37,13 @@ GK_DEVICE float probability(float product, const QueryState& state, float unit) 
 
 // ---- dK and dV of a tile of keys ----
 
-// Registers of a consumer thread: kDim of dK and dV, 2 x kBlockM / 2 of S and dP, kBlockM / 4 of an operand, of 240.
-// Shared memory: (2 kBlockN + 4 kBlockM) kDim elements.
+// Registers of a consumer thread: kDim of dK and dV, 2 x kBlockM / 2 of S and dP, kBlockM / 4 of an operand, of 240. Beyond
+// dim 128 they are too many: there both warpgroups have the same 64 keys, the first keeps dV and the second dK, and
+// both compute S (kSplit). Shared memory: (2 kBlockN + 4 kBlockM) kDim elements.
 template <int kDim>
 struct KeyGradientShape {
-  static constexpr int kBlockN = 64 * kConsumers;
+  static constexpr bool kSplit = kDim > 128;
+  static constexpr int kBlockN = kSplit ? 64 : 64 * kConsumers;
   static constexpr int kBlockM = 64;
   static constexpr int kStages = 2;
 };
@@ -129,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // ---- a consumer: 64 keys ----
   increase_registers<kConsumerRegisters>();
-  const int row0 = warpgroup * 64 + first_row();  // and row0 + 8, within the tile
+  const int begin = Shape::kSplit ? 0 : warpgroup * 64;  // of this warpgroup's keys within the tile
+  const int row0 = begin + first_row();                  // and row0 + 8
   const float unit = float(p.scale) * kLog2e;
   Place<true> place{tile.begin + row0, 0, {0, 0}, {-1, -1}};
   for (int h = 0; h < 2; ++h) {
@@ -141,97 +144,123 @@ __global__ void __launch_bounds__(kThreads, 1)
   // All rows of the tile exist, and the window hides no query of a visited tile from them.
   const bool whole = tile.count == Shape::kBlockN;
 
-  float dk[kDim / 2], dv[kDim / 2], scores[kBlockM / 2], dp[kBlockM / 2];
-  uint32_t operand[kBlockM / 16][4];
-  RingPosition<kStages> at;
   bool cleared = false;  // the second pass: Q and dO without NaN and infinities
-  for (;;) {
+  // kKeys: dK, kValues: dV. What is not wanted is of length 1.
+  const auto consume = [&]<bool kKeys, bool kValues>() {
+    float dk[kKeys ? kDim / 2 : 1], dv[kValues ? kDim / 2 : 1], scores[kBlockM / 2], dp[kKeys ? kBlockM / 2 : 1];
+    uint32_t operand[kBlockM / 16][4];
+    RingPosition<kStages> at;
+    for (;;) {
 #pragma unroll
-    for (int i = 0; i < kDim / 2; ++i) dk[i] = dv[i] = 0;
-    if (steps > 0) barrier_wait(&shared.kv_full, 0);
-    for (int all = 0; all < group * steps; ++all, at = at.next()) {
-      const int query = visit.begin + all % steps * kBlockM;
-      const bool full = whole && visit.full(query);
-      barrier_wait(&shared.full[at.stage], at.phase);
-      if (cleared) {
-        shared.q[at.stage].template clear_nonfinite<T>(threadIdx.x, 128 * kConsumers);
-        shared.dout[at.stage].template clear_nonfinite<T>(threadIdx.x, 128 * kConsumers);
-        named_barrier_sync<128 * kConsumers>(kConsumersMeet);
-      }
-      wgmma_fence();
+      for (float& x : dk) x = 0;
 #pragma unroll
-      for (int k = 0; k < kDim / 16; ++k)
-        wgmma_shared<T, false>(scores, shared.k.along_columns(warpgroup * 64, k),
-                               shared.q[at.stage].along_columns(0, k), k != 0);
-      wgmma_commit();
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kDim / 16; ++k)
-        wgmma_shared<T, false>(dp, shared.v.along_columns(warpgroup * 64, k),
-                               shared.dout[at.stage].along_columns(0, k), k != 0);
-      wgmma_commit();
-
-      const QueryState* const states = shared.state[at.stage] + column_of(0);  // of register i: i / 4 * 8 + i % 2
-      place.column = query + column_of(0);
-      wgmma_wait<1>();
-      register_fence(scores);
-#pragma unroll
-      for (int i = 0; i < kBlockM / 2; ++i) {
-        scores[i] = probability(scores[i], states[i / 4 * 8 + i % 2], unit);
-        if (!full && !place.seen(i)) scores[i] = 0;
-      }
-      pack_operand<T>(scores, operand);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kBlockM / 16; ++k)
-        wgmma_registers<T, true>(dv, operand[k], shared.dout[at.stage].along_rows(k), 1);
-      wgmma_commit();
-
-      wgmma_wait<1>();  // dP is there; P^T dO goes on
-      register_fence(dp);
-#pragma unroll
-      for (int i = 0; i < kBlockM / 2; ++i) {
-        const QueryState& state = states[i / 4 * 8 + i % 2];
-        dp[i] = scores[i] * (dp[i] - state.delta);
-        if (!full) {
-          if (scores[i] == 1.f) dp[i] = state.dlse;  // score.cuh: dlse_of
-          if (!place.seen(i)) dp[i] = 0;
+      for (float& x : dv) x = 0;
+      if (steps > 0) barrier_wait(&shared.kv_full, 0);
+      for (int all = 0; all < group * steps; ++all, at = at.next()) {
+        const int query = visit.begin + all % steps * kBlockM;
+        const bool full = whole && visit.full(query);
+        barrier_wait(&shared.full[at.stage], at.phase);
+        if (cleared) {
+          shared.q[at.stage].template clear_nonfinite<T>(threadIdx.x, 128 * kConsumers);
+          shared.dout[at.stage].template clear_nonfinite<T>(threadIdx.x, 128 * kConsumers);
+          named_barrier_sync<128 * kConsumers>(kConsumersMeet);
         }
-      }
-      wgmma_wait<0>();
-      register_fence(dv);
-      pack_operand<T>(dp, operand);
-      wgmma_fence();
+        wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kBlockM / 16; ++k)
-        wgmma_registers<T, true>(dk, operand[k], shared.q[at.stage].along_rows(k), 1);
-      wgmma_commit();
-      wgmma_wait<0>();
-      register_fence(dk);
-      release(&shared.empty[at.stage]);
-    }
-    if (cleared || shared.repeat < 0) break;
-    bool finite = true;
+        for (int k = 0; k < kDim / 16; ++k)
+          wgmma_shared<T, false>(scores, shared.k.along_columns(begin, k), shared.q[at.stage].along_columns(0, k),
+                                 k != 0);
+        wgmma_commit();
+        if constexpr (kKeys) {
+          wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kDim / 2; ++i)
-      finite = finite && (row0 + 8 * row_half(i) >= tile.count || (dk[i] - dk[i] == 0 && dv[i] - dv[i] == 0));
-    if (!finite) shared.repeat = 1;
-    named_barrier_sync<128 * kConsumers + 64>(kVerdict);
-    if (shared.repeat == 0) break;
-    cleared = true;
-  }
+          for (int k = 0; k < kDim / 16; ++k)
+            wgmma_shared<T, false>(dp, shared.v.along_columns(begin, k), shared.dout[at.stage].along_columns(0, k),
+                                   k != 0);
+          wgmma_commit();
+        }
 
-  const int64_t key_begin = s.key_begin + tile.begin + warpgroup * 64;
-  const int count = tile.count - warpgroup * 64;
-  const float by_scale[2] = {float(p.scale), float(p.scale)}, by_one[2] = {1, 1};
-  store_rows<T>(dk, by_scale, count, int(p.head_dim), p.dk.dim, in_16_bytes(p.dk, p.head_dim),
-                [&](int row) { return token_at<T>(p.dk, s.batch, key_begin + row, tile.head); });
-  store_rows<T>(dv, by_one, count, int(p.value_dim), p.dv.dim, in_16_bytes(p.dv, p.value_dim),
-                [&](int row) { return token_at<T>(p.dv, s.batch, key_begin + row, tile.head); });
+        const QueryState* const states = shared.state[at.stage] + column_of(0);  // of register i: i / 4 * 8 + i % 2
+        place.column = query + column_of(0);
+        wgmma_wait<kKeys ? 1 : 0>();
+        register_fence(scores);
+#pragma unroll
+        for (int i = 0; i < kBlockM / 2; ++i) {
+          scores[i] = probability(scores[i], states[i / 4 * 8 + i % 2], unit);
+          if (!full && !place.seen(i)) scores[i] = 0;
+        }
+        if constexpr (kValues) {
+          pack_operand<T>(scores, operand);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kBlockM / 16; ++k)
+            wgmma_registers<T, true>(dv, operand[k], shared.dout[at.stage].along_rows(k), 1);
+          wgmma_commit();
+        }
+        if constexpr (kKeys) {
+          wgmma_wait<kValues ? 1 : 0>();  // dP is there; P^T dO goes on
+          register_fence(dp);
+#pragma unroll
+          for (int i = 0; i < kBlockM / 2; ++i) {
+            const QueryState& state = states[i / 4 * 8 + i % 2];
+            dp[i] = scores[i] * (dp[i] - state.delta);
+            if (!full) {
+              if (scores[i] == 1.f) dp[i] = state.dlse;  // score.cuh: dlse_of
+              if (!place.seen(i)) dp[i] = 0;
+            }
+          }
+          if constexpr (kValues) {
+            wgmma_wait<0>();
+            register_fence(dv);
+          }
+          pack_operand<T>(dp, operand);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kBlockM / 16; ++k)
+            wgmma_registers<T, true>(dk, operand[k], shared.q[at.stage].along_rows(k), 1);
+          wgmma_commit();
+        }
+        wgmma_wait<0>();
+        if constexpr (kKeys)
+          register_fence(dk);
+        else
+          register_fence(dv);
+        release(&shared.empty[at.stage]);
+      }
+      if (cleared || shared.repeat < 0) break;
+      bool finite = true;
+      const auto look_at = [&](const auto& sums) {
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i)
+          finite = finite && (row0 + 8 * row_half(i) >= tile.count || sums[i] - sums[i] == 0);
+      };
+      if constexpr (kKeys) look_at(dk);
+      if constexpr (kValues) look_at(dv);
+      if (!finite) shared.repeat = 1;
+      named_barrier_sync<128 * kConsumers + 64>(kVerdict);
+      if (shared.repeat == 0) break;
+      cleared = true;
+    }
+
+    const int64_t key_begin = s.key_begin + tile.begin + begin;
+    const float by_scale[2] = {float(p.scale), float(p.scale)}, by_one[2] = {1, 1};
+    if constexpr (kKeys)
+      store_rows<T>(dk, by_scale, tile.count - begin, int(p.head_dim), p.dk.dim, in_16_bytes(p.dk, p.head_dim),
+                    [&](int row) { return token_at<T>(p.dk, s.batch, key_begin + row, tile.head); });
+    if constexpr (kValues)
+      store_rows<T>(dv, by_one, tile.count - begin, int(p.value_dim), p.dv.dim, in_16_bytes(p.dv, p.value_dim),
+                    [&](int row) { return token_at<T>(p.dv, s.batch, key_begin + row, tile.head); });
+  };
+  if constexpr (!Shape::kSplit)
+    consume.template operator()<true, true>();
+  else if (warpgroup == 0)
+    consume.template operator()<false, true>();
+  else
+    consume.template operator()<true, false>();
   if (!cleared) return;
-  __syncwarp();
+  named_barrier_sync<128 * kConsumers>(kConsumersMeet);  // what is repaired has been stored
   const int warp = threadIdx.x / 32;
-  for (int row = warp * 16; row < warp * 16 + 16 && row < tile.count; ++row)
+  for (int row = warp; row < tile.count; row += kWarps)
     simt::differentiate_key<T>(p, s, tile.head, tile.begin + row, 0, true, shared.room[warp]);
 }
 
@@ -352,8 +381,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kDim / 16; ++k)
-        wgmma_shared<T, false>(dp, shared.dout.along_columns(warpgroup * 64, k),
-                               shared.v[at.stage].along_columns(0, k), k != 0);
+        wgmma_shared<T, false>(dp, shared.dout.along_columns(warpgroup * 64, k), shared.v[at.stage].along_columns(0, k),
+                               k != 0);
       wgmma_commit();
 
       place.column = key + column_of(0);
@@ -385,8 +414,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (cleared || shared.repeat < 0) break;
     bool finite = true;
 #pragma unroll
-    for (int i = 0; i < kDim / 2; ++i)
-      finite = finite && (row0 + 8 * row_half(i) >= tile.count || dq[i] - dq[i] == 0);
+    for (int i = 0; i < kDim / 2; ++i) finite = finite && (row0 + 8 * row_half(i) >= tile.count || dq[i] - dq[i] == 0);
     if (!finite) shared.repeat = 1;
     named_barrier_sync<128 * kConsumers + 32>(kVerdict);
     if (shared.repeat == 0) break;

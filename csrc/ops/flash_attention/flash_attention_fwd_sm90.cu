@@ -28,8 +28,8 @@ cudaError_t launch_shape(const FlashAttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool flash_attention_fwd_sm90_serves(const FlashAttentionParams& p) {
-  return (p.dtype == Dtype::bf16 || p.dtype == Dtype::f16) && widest_dim(p) <= 256 &&
-         fits(p, p.q, true, p.head_dim) && fits(p, p.k, false, p.head_dim) && fits(p, p.v, false, p.value_dim);
+  return (p.dtype == Dtype::bf16 || p.dtype == Dtype::f16) && widest_dim(p) <= 256 && fits(p, p.q, true, p.head_dim) &&
+         fits(p, p.k, false, p.head_dim) && fits(p, p.v, false, p.value_dim);
 }
 
 cudaError_t launch_flash_attention_fwd_sm90(const FlashAttentionParams& p, cudaStream_t stream) {

@@ -21,7 +21,7 @@ struct ForwardShape {
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = kExtras ? (kDim <= 128 ? 64 : 32) : kDim <= 128 ? 128 : kDim == 192 ? 96 : 80;
   static constexpr int kStages = 2;
-  };
+};
 template <int kDim, bool kExtras>
 struct ForwardStorage {
   using Shape = ForwardShape<kDim, kExtras>;

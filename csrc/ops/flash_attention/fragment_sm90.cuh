@@ -56,9 +56,7 @@ struct Place {
   GK_DEVICE int column_of(int i) const { return column + i / 4 * 8 + (i & 1); }
   GK_DEVICE int query(int i) const { return kKeysInRows ? column_of(i) : row_of(i); }
   GK_DEVICE int key(int i) const { return kKeysInRows ? row_of(i) : column_of(i); }
-  GK_DEVICE bool seen(int i) const {
-    return first[row_half(i)] <= column_of(i) && column_of(i) <= last[row_half(i)];
-  }
+  GK_DEVICE bool seen(int i) const { return first[row_half(i)] <= column_of(i) && column_of(i) <= last[row_half(i)]; }
   // The same; nothing that follows from it is kept in registers from one use to the next.
   GK_DEVICE Place again() const {
     Place at = *this;

@@ -270,7 +270,7 @@ GK_DEVICE void store_row_state(const FlashAttentionParams& p, int64_t row, float
         end.total == 0 ? -kAttentionInfinity : float(end.top + log(double(end.total)));
   if (!p.softmax_state) return;
   float* state = reinterpret_cast<float*>(p.softmax_state) + 2 * row;
-  state[0] = max;
+  state[0] = end.total == end.total ? max : end.total;  // a maximum passes over NaN: they must not look like no key
   state[1] = end.total == 0 ? 0.f : end.beside_sink / end.total;
 }
 

@@ -18,6 +18,7 @@ enum NamedBarrier { kFirstTurn = 1, kVerdict = 3, kConsumersMeet = 4 };
 
 // A consumer has read a tile. Each warp speaks for itself: it has waited for its own products only.
 GK_DEVICE void release(uint64_t* empty) {
+  __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
