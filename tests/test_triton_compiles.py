@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,14 +80,18 @@ def compile_instead(kernels, folder):
         if key in seen:
             return
         seen.add(key)
-        for capability in (80, 90):
+
+        def one(capability):
             binary = triton.compile(
                 ASTSource(self, signature, constants, attributes),
                 target=GPUTarget("cuda", capability, 32),
                 options={"num_warps": num_warps, "num_stages": num_stages},
             )
             named = {n: given[n] for n in fixed}
-            kernels.append(compiled(self.__name__, named, capability, binary, folder / "kernel.cubin"))
+            return compiled(self.__name__, named, capability, binary, folder / f"kernel_{capability}.cubin")
+
+        with ThreadPoolExecutor() as pool:  # the assembler is a process of its own
+            kernels.extend(pool.map(one, SHARED_MEMORY))
 
     return run
 
@@ -137,8 +142,10 @@ def test_the_kernels_are_there():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_compiles(op, dtype, kernels):
-    for sample in {s.name: s for s in samples_of(op)}.values():
-        call(op, sample, dtype)
+    plain, largest = samples_of(op)
+    call(op, largest, dtype)
+    if dtype == torch.bfloat16 and plain is not largest:  # what most calls run
+        call(op, plain, dtype)
     assert kernels
     assert [k[:3] for k in kernels if k.shared > SHARED_MEMORY[k.capability]] == []
 

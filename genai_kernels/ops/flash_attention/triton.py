@@ -25,8 +25,8 @@ def _tiles(call, *, backward):
     """
     block = max(call.kwargs["D"], call.kwargs["V"])
     if call.kwargs["FINE"]:
-        tile = 64 if block <= 64 else 32 if block <= 128 else 16
-        return {"M": tile, "N": tile, "num_warps": 8 if tile > 16 else 4, "num_stages": 1}
+        tile = 64 if block <= 32 else 32 if block <= 128 else 16
+        return {"M": tile, "N": tile, "num_warps": 4 if block == 64 or tile == 16 else 8, "num_stages": 1}
     if block > 128:
         tile = 32 if block <= 256 else 16
         return {"M": tile, "N": tile, "num_warps": 4, "num_stages": 1}
@@ -90,6 +90,10 @@ def _call(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng, left, right, scale
         batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
     tensors = [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v)]
     sizes = (batch, heads, queries, keys)
+    # Triton 3.7 takes the narrowest load that a factor depends on for the factor's own type, and cannot multiply
+    # float64 as if it were 8 bits
+    fine = q.dtype == torch.float32
+    mask = None if mask is None else mask.to(torch.int32) if fine else mask.view(torch.uint8)
     kwargs: dict[str, object] = {}
     for name, t in zip(("q", "k", "v"), tensors, strict=True):
         kwargs |= _named(name, t, packed)
@@ -98,7 +102,7 @@ def _call(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng, left, right, scale
         kwargs |= {f"{name}_{n}": s for n, s in zip("bhqk", found, strict=True)}
     kwargs |= {
         "cu_q": cu_q, "cu_k": cu_k, "slopes": slopes, "bias": bias,
-        "mask": None if mask is None else mask.view(torch.uint8), "rng": None if rng is None else rng.to(q.device),
+        "mask": mask, "rng": None if rng is None else rng.to(q.device),
         "heads": heads, "group": heads // max(kv_heads, 1), "queries": queries, "keys": keys,
         "tokens": q.shape[0], "dim": dim, "value_dim": v.shape[-1],
         "slopes_b": 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0), "left": left, "right": right,
@@ -107,7 +111,7 @@ def _call(q, k, v, cu_q, cu_k, slopes, bias, mask, sink, rng, left, right, scale
         "D": triton.next_power_of_2(max(dim, 16)), "V": triton.next_power_of_2(max(v.shape[-1], 16)), "VARLEN": packed,
         "HAS_MASK": mask is not None, "HAS_ALIBI": slopes is not None, "HAS_CAP": softcap > 0,
         "HAS_DROPOUT": dropout_p > 0, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
-        "FINE": q.dtype == torch.float32, "WIDE": q.dtype == torch.float32 and max(dim, v.shape[-1]) <= _WIDEST,
+        "FINE": fine, "WIDE": fine and max(dim, v.shape[-1]) <= _WIDEST,
     }  # fmt: skip
     return _Call(tensors, batch, queries, keys, kwargs)
 

@@ -77,7 +77,7 @@ def fwd_kernel(
         alpha = exponential(most - base, FINE)
         total = total * alpha + tl.sum(p.to(wide), 1)
         if HAS_DROPOUT:
-            p = p * dropout_factor(i, key, b * heads + h, seed, offset, threshold, kept, N, False)
+            p = p * dropout_factor(i, key, b * heads + h, seed, offset, threshold, kept, N, False, FINE)
         o = o * alpha[:, None]
         v_tile = tl.load(v_at, mask=there & (e < value_dim), other=0.0)
         o = add_product_of_seen(o, p, v_tile, seen, WIDE) if CAREFUL else add_product(o, p, v_tile, WIDE)

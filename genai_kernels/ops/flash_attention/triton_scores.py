@@ -59,7 +59,8 @@ def add_product_of_seen(total, a, x, seen, WIDE: tl.constexpr):
     # counts of up to 255 infinities, minus infinities and NaN side by side, exact in float32: one product, not three
     mark = tl.where(wide == float("inf"), 1.0, 0.0) + tl.where(wide == float("-inf"), 256.0, 0.0)
     mark += tl.where(wide != wide, 65536.0, 0.0)
-    counts = tl.dot(seen.to(tl.bfloat16), mark.to(tl.bfloat16)).to(tl.int32)
+    narrow: tl.constexpr = tl.float32 if x.dtype == tl.float32 else tl.bfloat16
+    counts = product(seen.to(narrow), mark.to(narrow), WIDE).to(tl.int32)
     total = add_product(total, a, finite(x), WIDE)
     total += tl.where((counts & 255) > 0, float("inf"), 0.0) + tl.where((counts & 65280) > 0, float("-inf"), 0.0)
     return total + tl.where(counts >= 65536, float("nan"), 0.0)
@@ -131,7 +132,7 @@ def score_gradients(
     p = tl.where(seen, exponential(s - base, FINE) * inverse, 0.0)
     dropped = p
     if HAS_DROPOUT:
-        factor = dropout_factor(i, key, row, seed, offset, threshold, kept, N, KEYS_FIRST)
+        factor = dropout_factor(i, key, row, seed, offset, threshold, kept, N, KEYS_FIRST, FINE)
         dp = dp * factor
         dropped = p * factor
     ds = tl.where(seen, p * (dp - delta), 0.0)
@@ -139,21 +140,31 @@ def score_gradients(
 
 
 @triton.jit
-def dropout_factor(i, key, row, seed, offset, threshold, kept, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+def dropout_factor(
+    i, key, row, seed, offset, threshold, kept, N: tl.constexpr, KEYS_FIRST: tl.constexpr, FINE: tl.constexpr
+):
     """0, or 1 / (1 - p), of queries i and the keys from `key` on, a multiple of 4: word j % 4 of Philox(counter = (j /
     4, i, row, offset), key = seed), as everywhere. [keys, queries] if KEYS_FIRST, otherwise [queries, keys].
     """
-    quads = key // 4 + tl.arange(0, N // 4)
+    # four keys take one call; but Triton 3.7 believes a factor that depends on a join to be packed to half its width,
+    # and cannot multiply float64 as if it were
+    each: tl.constexpr = 1 if FINE else 4
+    column = tl.arange(0, N // each)
+    quads = key // 4 + (column // 4 if FINE else column)
     quads = quads[:, None] if KEYS_FIRST else quads[None, :]
     zero = tl.zeros_like(i + quads)
     w0, w1, w2, w3 = tl.philox(
         seed, (zero + quads).to(tl.uint32), (zero + i).to(tl.uint32), (zero + row).to(tl.uint32),
         (zero + offset).to(tl.uint32),
     )  # fmt: skip
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., .., 2, 2]
-    if KEYS_FIRST:
-        words = tl.permute(words, (0, 2, 3, 1))
-    words = tl.reshape(words, (N, zero.shape[1]) if KEYS_FIRST else (zero.shape[0], N))
+    if FINE:
+        which = zero + (column % 4)[:, None] if KEYS_FIRST else zero + (column % 4)[None, :]
+        words = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    else:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., .., 2, 2]
+        if KEYS_FIRST:
+            words = tl.permute(words, (0, 2, 3, 1))
+        words = tl.reshape(words, (N, zero.shape[1]) if KEYS_FIRST else (zero.shape[0], N))
     return tl.where(words >= threshold, kept, 0.0)
 
 
