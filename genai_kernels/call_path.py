@@ -98,5 +98,5 @@ def explain(fn: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
             elif name != isa:
                 narrower = i < names.index(isa) and not reason.startswith("forced")
                 not_taken[name] = f"narrower than {isa}" if narrower else reason
-    path = op.path(*args, **kwargs) if op.path is not None and backend == "cpu" else ""
+    path = op.path(*args, **kwargs) if op.path is not None and backend in ("cpu", "cuda") else ""
     return Explanation(op.name, ", ".join(parts), backend, isa, why, path, not_taken)

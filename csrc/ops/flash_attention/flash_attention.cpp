@@ -415,6 +415,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(const Ten
   return {dq, dk, dv, dbias, dsink};
 }
 
+// Which CUDA kernels a call takes on a card of this capability (10 * major + minor), for `explain`.
+std::string flash_attention_cuda_path(const TensorRef& q, const TensorRef& k, const TensorRef& v, GK_OPTION_PARAMETERS,
+                                      int64_t capability) {
+  const Arguments a = GK_ARGUMENTS;
+  FlashAttentionParams p = checked_params(a);
+  char* some = static_cast<char*>(q.data());  // what forward will return, and what comes back for it: contiguous
+  p.softmax_state = some;
+  const int64_t token = p.heads * p.value_dim;
+  p.dout = {some, p.dtype, a.packed() ? 0 : p.queries * token, token, p.value_dim, 1};
+  const auto name = [&](bool backward) {
+    return std::string(kAttentionKernelNames[int(flash_attention_gpu_kernel(p, int(capability), backward))]);
+  };
+  return "forward " + name(false) + ", backward " + name(true);
+}
+
 }  // namespace
 }  // namespace genai_kernels
 
@@ -430,3 +445,10 @@ GK_OP(flash_attention_bwd, genai_kernels::flash_attention_bwd,
       GK_ATTENTION_OPTIONS ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
 GK_DIRECT(flash_attention_output, genai_kernels::flash_attention_output)
 GK_DIRECT(flash_attention_lse, genai_kernels::flash_attention_lse)
+
+STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) {
+  m.def("flash_attention_cuda_path(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS ", int capability) -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CompositeExplicitAutograd, m) {
+  m.impl("flash_attention_cuda_path", GK_DISPATCHED(genai_kernels::flash_attention_cuda_path));
+}

@@ -6,6 +6,31 @@ from typing import Any
 
 import torch
 
+from ... import backends
+
+_KERNELS = {
+    "sm90": "sm_90a (TMA, wgmma)",
+    "sm80": "sm_80 (cp.async, mma.sync)",
+    "simt": "one warp for a row, in float32",
+    "none": "no CUDA kernel in this build",
+}
+
+
+def _cuda_path(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Any, cu_k: Any, **o: Any) -> str:
+    """Which CUDA kernels serve: the host function's own answer."""
+    left, right = o.get("window_size", (-1, -1))
+    bias, mask = o.get("attn_bias"), o.get("attn_mask")
+    major, minor = backends.capability_of(q.device)
+    # dropout stands for itself by a probability: its state is drawn later
+    state = torch.zeros(2, dtype=torch.int64) if o.get("dropout_p") else None
+    slopes, sink = (None if t is None else t.float() for t in (o.get("alibi_slopes"), o.get("sink")))
+    answer = torch.ops.genai_kernels.flash_attention_cuda_path(
+        q, k, v, cu_q, cu_k, slopes, bias, mask, sink, state, left, 0 if o.get("causal") else right,
+        o.get("softmax_scale"), o.get("softcap", 0.0), o.get("dropout_p", 0.0), 10 * major + minor,
+    )  # fmt: skip
+    parts = dict(part.split() for part in answer.split(", "))
+    return "; ".join(f"{which}: {_KERNELS[name]}" for which, name in parts.items())
+
 
 def _visible_share(queries: int, keys: int, left: int, right: int) -> float:
     """Of all pairs of a query and a key, those within the window."""
@@ -29,6 +54,8 @@ def path(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, **o: Any
 ) -> str:
     """One line on the code path within the kernels."""
+    if q.device.type == "cuda":
+        return _cuda_path(q, k, v, cu_seqlens_q, cu_seqlens_k, **o)
     left, right = o.get("window_size", (-1, -1))
     right = 0 if o.get("causal") else right
     said = [_multiplies(q, o.get("dropout_p", 0.0))]
