@@ -60,7 +60,7 @@ def add_product_of_seen(total, a, x, seen, WIDE: tl.constexpr):
     mark = tl.where(wide == float("inf"), 1.0, 0.0) + tl.where(wide == float("-inf"), 256.0, 0.0)
     mark += tl.where(wide != wide, 65536.0, 0.0)
     narrow: tl.constexpr = tl.float32 if x.dtype == tl.float32 else tl.bfloat16
-    counts = product(seen.to(narrow), mark.to(narrow), WIDE).to(tl.int32)
+    counts = product(seen.to(tl.float32).to(narrow), mark.to(narrow), WIDE).to(tl.int32)
     total = add_product(total, a, finite(x), WIDE)
     total += tl.where((counts & 255) > 0, float("inf"), 0.0) + tl.where((counts & 65280) > 0, float("-inf"), 0.0)
     return total + tl.where(counts >= 65536, float("nan"), 0.0)
