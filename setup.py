@@ -71,7 +71,7 @@ def extension_arguments() -> dict:
         def build_extensions(self):
             import cuda
 
-            cuda.add_to(extension, ROOT, ROOT / self.build_temp)
+            cuda.add_to(extension, ROOT, ROOT / "build/cuda")
             super().build_extensions()
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

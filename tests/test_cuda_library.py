@@ -1,0 +1,87 @@
+"""The library as setup.py builds it with CUDA kernels: it imports and works in a torch without CUDA, and its parts are there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cuda_build import objects  # noqa: F401  the fixture: the .cu files are compiled once for both
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build/cuda_library"
+LOAD = ROOT / "tests/cuda_simulator/load.py"  # puts any library in the place of genai_kernels._C
+
+
+@pytest.fixture(scope="module")
+def library(objects):  # noqa: F811
+    environment = {**os.environ, "GENAI_KERNELS_CUDA": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", FOLDER / "temp", "--build-lib", FOLDER]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"genai_kernels: CUDA: nvcc \d+\.\d+ at .*: sm_80, sm_90a and PTX", done.stderr)
+    return FOLDER / "genai_kernels/_C.abi3.so"
+
+
+def run(library, program):
+    environment = {**os.environ, "CUDA_SIMULATOR_LIBRARY": str(library), "PYTHONPATH": f"{LOAD.parent}:{ROOT}"}
+    command = [sys.executable, "-c", f"import load\n{program}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_it_works_in_this_torch(library):
+    """In one without CUDA, here: every op on a sample, forward and backward."""
+    program = """
+import torch
+from genai_kernels import backends
+from genai_kernels.accuracy import verify_sample
+from genai_kernels.registry import OPS
+assert backends.built_with_cuda()
+for op in OPS.values():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert all(v.ok for v in verify_sample(op, op.samples[0], dtype)), op.name
+print(torch.ops.genai_kernels.build_info())
+"""
+    assert "cuda=sm_80, sm_90a and PTX of CUDA" in run(library, program)
+
+
+def test_every_op_has_its_twin_for_cuda(library):
+    program = """
+import torch
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+for name in sorted(torch._C._dispatch_get_all_op_names()):
+    space, _, op = name.partition("::")
+    if space == "genai_kernels" and has(name, "CPU"):
+        assert has(f"genai_kernels_cuda::{op}", "CUDA"), op
+        one, other = (getattr(getattr(torch.ops, s), op).default._schema for s in (space, space + "_cuda"))
+        assert str(one).replace("genai_kernels::", "") == str(other).replace("genai_kernels_cuda::", "")
+        print(op)
+"""
+    assert len(run(library, program).split()) >= 25
+
+
+def test_it_needs_no_cuda_library(library):
+    """CUDA's runtime is inside and private; torch's current stream is bound where torch has CUDA."""
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"NEEDED.*lib(cuda|cudart|nvrtc)", needed)
+    symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
+    assert re.search(r" w aoti_torch_get_current_cuda_stream$", symbols, re.MULTILINE)
+    assert not re.search(r" [TBDW] cuda[A-Z]", symbols)
+    assert not re.search(r" U _ZN(K?)(2at|3c10)", symbols)
+
+
+def test_without_nvcc():
+    """Without: one line, or an error where it was insisted on."""
+    program = "import sys; sys.path.insert(0, 'build_backend'); import cuda; print(cuda.find_nvcc())"
+    bare = {**os.environ, "PATH": "/nowhere", "CUDA_HOME": "", "CUDA_PATH": ""}
+    hide = "import os; os.path.join = (lambda join: lambda *p: join(*p).replace('/usr/local/cuda', '/nowhere'))(os.path.join)"
+    for wanted, code, text in (("auto", 0, "CPU kernels only"), ("0", 0, "left out"), ("1", 1, "but there is no nvcc")):
+        command = [sys.executable, "-c", f"{hide}\n{program}"]
+        variables = {**bare, "GENAI_KERNELS_CUDA": wanted}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == code
+        (line,) = done.stderr.strip().splitlines()
+        assert text in line
