@@ -324,4 +324,8 @@ inline constexpr int kNormThreads = !kHeld                        ? kLongRowThre
                                     : kResidual && sizeof(T) == 2 ? 512
                                                                   : 1024;
 
+// Blocks of an SM that the compiler must leave registers for. 0: it chooses; 1: it may take all, where it would spill.
+template <bool kMayChoose>
+inline constexpr int kNormBlocks = kMayChoose ? 0 : 1;
+
 }  // namespace genai_kernels

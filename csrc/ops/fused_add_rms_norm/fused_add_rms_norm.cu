@@ -7,13 +7,13 @@ namespace genai_kernels {
 namespace {
 
 template <class T, int kVectors, bool kHeld>
-__global__ void __launch_bounds__(kNormThreads<T, true, kVectors, kHeld>)
+__global__ void __launch_bounds__(kNormThreads<T, true, kVectors, kHeld>, kNormBlocks<kHeld>)
     fused_add_rms_norm_fwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowLaunch rows) {
   normalise_rows<T, false, true, kVectors, kHeld>(p, rows);
 }
 
 template <class T, int kVectors, bool kHeld>
-__global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>)
+__global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>, kNormBlocks<kHeld>)
     fused_add_rms_norm_bwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowBlocks blocks,
                                   const __grid_constant__ RowLaunch rows) {
   normalise_rows_backward<T, false, kVectors, kHeld>(p, blocks, rows);

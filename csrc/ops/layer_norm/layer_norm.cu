@@ -8,13 +8,13 @@ namespace genai_kernels {
 namespace {
 
 template <class T, bool kResidual, int kVectors, bool kHeld>
-__global__ void __launch_bounds__(kNormThreads<T, kResidual, kVectors, kHeld>)
+__global__ void __launch_bounds__(kNormThreads<T, kResidual, kVectors, kHeld>, kNormBlocks<kHeld>)
     layer_norm_fwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowLaunch rows) {
   normalise_rows<T, true, kResidual, kVectors, kHeld>(p, rows);
 }
 
 template <class T, int kVectors, bool kHeld>
-__global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>)
+__global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>, kNormBlocks<kHeld && (kVectors > 1)>)
     layer_norm_bwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowBlocks blocks,
                           const __grid_constant__ RowLaunch rows) {
   normalise_rows_backward<T, true, kVectors, kHeld>(p, blocks, rows);
