@@ -1,4 +1,8 @@
-"""Planted faults of attention's CUDA kernels: (name, file, old, new, unit, check), as in faults.py, for attention_checks.py."""
+"""Planted faults of attention's CUDA kernels: (name, file, old, new, unit, check), as in faults.py, for attention_checks.py.
+
+What a header defines stands in several objects; the linker takes it from the first that did not inline it. So a fault of
+a long function of score.cuh has the unit that is linked first, the backward's.
+"""
 
 ROOM = "csrc/ops/flash_attention/"
 SCORE, SIMT, TILE = ROOM + "score.cuh", ROOM + "simt.cuh", ROOM + "sm80.cuh"
@@ -50,7 +54,7 @@ FAULTS = [
     ("the sink is not in the output", SCORE, "end.total = sum * end.beside_sink + expf(sink - higher);",
      "end.total = sum * end.beside_sink;", FORWARD_UNIT, judge("sink")),
     ("a sequence starts one tile late", SCORE, "if (cu[middle] / size + middle <= tile)",
-     "if (cu[middle] / size + middle < tile)", FORWARD_UNIT, judge("different,plain")),
+     "if (cu[middle] / size + middle < tile)", BACKWARD_UNIT, judge("different,plain")),
     ("dims beyond the last are read", TILE, "valid = row < count && 8 * c < dims", "valid = row < count", FORWARD_UNIT,
      judge("value_dim,head_dim_128,mqa")),
     ("NaN of V is multiplied in the second pass", FORWARD, "block.attend(dirty);", "block.attend(false);", FORWARD_UNIT,

@@ -18,6 +18,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // the registers of a thread and the frames of what it calls
 constexpr size_t kGuardBytes = 4096;
+constexpr int kStandingRounds = 200;  // after which another warp stands still
 
 // ---- switching stacks: swapcontext costs a system call, so x86-64 has its own ----
 
@@ -182,11 +183,17 @@ void run_block() {
   for (const Hooks& h : hooks())
     if (h.begin) h.begin();
   const int warps = int(b.warps.size());
-  while (b.left < b.threads) {
+  // One warp (or none) stands still for as long as the others can go on: what lacks a barrier is then far apart.
+  int standing = -1;
+  bool stuck = false;
+  for (int64_t round = 0; b.left < b.threads; ++round) {
     const int64_t before = b.progress;
     const int first = random(warps);
+    if (round % kStandingRounds == 0) standing = random(2 * warps);
+    const bool held = standing < warps && !stuck;
     for (int w = 0; w < warps; ++w) {
       const int warp = (first + w) % warps;
+      if (held && warp == standing) continue;
       for (int l = warp * kWarp; l < (warp + 1) * kWarp && l < b.threads; ++l) {
         Fiber& fiber = b.fibers[size_t(l)];
         if (fiber.done || (fiber.waits_on && *fiber.waits_on == fiber.waits_while)) continue;
@@ -202,7 +209,8 @@ void run_block() {
     }
     const bool under_way = !b.in_flight.empty();
     advance_what_is_in_flight();
-    if (b.progress == before && !under_way) {
+    stuck = b.progress == before;
+    if (stuck && !under_way && !held) {
       b.fault = deadlock();
       return;
     }

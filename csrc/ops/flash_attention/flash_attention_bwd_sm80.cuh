@@ -29,6 +29,7 @@ struct Backward {
   static constexpr int kStages = kDim <= 128 ? 2 : 1;
   // C and D of a step lie in registers beside the sums: what is left of 255 for them.
   static constexpr int kStep = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
+  static constexpr int kUnrolled = kDim > 128 ? 2 : kDim > 64 ? 4 : kDim / 16;
   static constexpr int kRowBytes = 2 * kRows * kDim * int(sizeof(T));
   static constexpr int kStageBytes = 2 * kStep * kDim * int(sizeof(T)) + 4 * kStep * int(sizeof(float));
   static constexpr int kScratchBytes = kExtras ? 2 * kRows * kStep * int(sizeof(float)) : 0;
@@ -222,8 +223,8 @@ struct BackwardBlock {
       float c[1][kColumns][4], d[1][kColumns][4];
       clear(c);
       clear(d);
-      multiply_rows<1, C::kStep>(c, a(0), warp_row(), b(n, 0), 0);
-      multiply_rows<1, C::kStep>(d, a(1), warp_row(), b(n, 1), 0);
+      multiply_rows<1, C::kStep, C::kUnrolled>(c, a(0), warp_row(), b(n, 0), 0);
+      multiply_rows<1, C::kStep, C::kUnrolled>(d, a(1), warp_row(), b(n, 1), 0);
       if constexpr (C::kExtras)
         differentiate_modified(c, d, n, head, column_of(n));
       else
