@@ -51,8 +51,7 @@ GK_DEVICE RowFactors row_factors(const FlashAttentionParams& p, const Sequence& 
 }
 // Those of a step, [4][kStep]. Called: what its addresses need is not taken from the sums.
 template <int kStep>
-GK_DEVICE_COLD void load_factors(const FlashAttentionParams& p, Sequence s, int head, int at, int threads,
-                                 float* to) {
+GK_DEVICE_COLD void load_factors(const FlashAttentionParams& p, Sequence s, int head, int at, int threads, float* to) {
   for (int i = threadIdx.x; i < kStep; i += threads) {
     const RowFactors row = row_factors(p, s, head, at + i);
     to[i] = row.max;

@@ -51,7 +51,8 @@ GK_DEVICE void load_tile(TileMemory<T, kDim> to, const HeadsView& view, int64_t 
   const T* from = token_at<T>(view, batch, token, head);
   if (!is_aligned<T>(view, dims))
     return load_tile_by_elements<T>(to.data, kRows, kDim, kThreads, from, view.token, view.dim, count, dims);
-#pragma unroll 4
+  constexpr int kUnrolled = kDim > 128 ? 2 : 4;  // addresses in registers, beside the sums
+#pragma unroll kUnrolled
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, c = i % kChunks;
     const bool valid = row < count && 8 * c < dims;
