@@ -58,7 +58,11 @@ def judge(dtype, wanted):
 def attend(q, k, v, **options):
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     out, lse = gk.flash_attention(*leaves, return_lse=True, **options)
-    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, [out.detach() + 1, lse.detach().clamp(-9)])]
+    return [
+        out.detach(),
+        lse.detach(),
+        *torch.autograd.grad([out, lse], leaves, [out.detach() + 1, lse.detach().clamp(-9)]),
+    ]
 
 
 def unseen(dtype):

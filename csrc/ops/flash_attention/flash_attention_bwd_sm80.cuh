@@ -29,6 +29,7 @@ struct Backward {
   static constexpr int kStages = kDim <= 128 ? 2 : 1;
   // C and D of a step lie in registers beside the sums: what is left of 255 for them.
   static constexpr int kStep = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
+  static constexpr int kUnrolled = kDim > 128 ? 2 : kDim > 64 ? 4 : kDim / 16;
   static constexpr int kRowBytes = 2 * kRows * kDim * int(sizeof(T));
   static constexpr int kStageBytes = 2 * kStep * kDim * int(sizeof(T)) + 4 * kStep * int(sizeof(float));
   static constexpr int kScratchBytes = kExtras ? 2 * kRows * kStep * int(sizeof(float)) : 0;
@@ -37,14 +38,31 @@ struct Backward {
 
 // What P and dS of a row of queries need. A row without keys, or past the last: P = exp2(-inf) * 0.
 struct RowFactors {
-  float max, inverse, delta;
+  float max, inverse, delta, dlse;
 };
 GK_DEVICE RowFactors row_factors(const FlashAttentionParams& p, const Sequence& s, int head, int query) {
-  if (query >= s.queries) return {kAttentionInfinity, 0.f, 0.f};
+  if (query >= s.queries) return {kAttentionInfinity, 0.f, 0.f, 0.f};
   const int64_t row = s.row(p, head, query);
   const RowState state = row_state(p, row);
-  if (state.sees_nothing()) return {kAttentionInfinity, 0.f, 0.f};
-  return {state.max, state.inverse, reinterpret_cast<const float*>(p.delta)[row]};
+  if (state.sees_nothing()) return {kAttentionInfinity, 0.f, 0.f, 0.f};
+  // without softmax_state every inverse is 1, and must not be taken for that of a row with one key
+  return {state.max, p.softmax_state ? state.inverse : state.inverse * 0x1.fffffep-1f,
+          reinterpret_cast<const float*>(p.delta)[row], dlse_of(p, s, head, query)};
+}
+// Those of a step, [4][kStep]. Called: what its addresses need is not taken from the sums.
+template <int kStep>
+GK_DEVICE_COLD void load_factors(const FlashAttentionParams& p, Sequence s, int head, int at, int threads, float* to) {
+  for (int i = threadIdx.x; i < kStep; i += threads) {
+    const RowFactors row = row_factors(p, s, head, at + i);
+    to[i] = row.max;
+    to[kStep + i] = row.inverse;
+    to[2 * kStep + i] = row.delta;
+    to[3 * kStep + i] = row.dlse;
+  }
+}
+// dS of a pair in a step that may hide keys: see dlse_of.
+GK_DEVICE float score_gradient(float probability, float dp, const RowFactors& f) {
+  return f.inverse == 1.f && probability > 0.5f ? f.dlse : probability * (dp - f.delta);
 }
 
 template <class C>
@@ -67,7 +85,7 @@ struct BackwardBlock {
   GK_DEVICE Memory a(int which) const { return {reinterpret_cast<T*>(memory) + which * C::kRows * C::kDim}; }
   GK_DEVICE char* stage(int n) const { return memory + C::kRowBytes + n % C::kStages * C::kStageBytes; }
   GK_DEVICE Memory b(int n, int which) const { return {reinterpret_cast<T*>(stage(n)) + which * C::kStep * C::kDim}; }
-  // Of the queries of a step: [3][kStep] of max, inverse, delta.
+  // Of the queries of a step: [4][kStep] of RowFactors.
   GK_DEVICE float* factors(int n) const {
     return reinterpret_cast<float*>(stage(n) + 2 * C::kStep * C::kDim * int(sizeof(T)));
   }
@@ -83,30 +101,18 @@ struct BackwardBlock {
     const int count = (C::kOfKeys ? s.queries : s.keys) - at;
     load_tile<C::kStep, C::kThreads>(b(n, 0), first, s.batch, token, head, count, int(p.head_dim));
     load_tile<C::kStep, C::kThreads>(b(n, 1), second, s.batch, token, head, count, int(p.value_dim));
-    if constexpr (C::kOfKeys) {
-      float* to = factors(n);
-      for (int i = threadIdx.x; i < C::kStep; i += C::kThreads) {
-        const RowFactors row = row_factors(p, s, head, at + i);
-        to[i] = row.max;
-        to[C::kStep + i] = row.inverse;
-        to[2 * C::kStep + i] = row.delta;
-      }
-    }
+    if constexpr (C::kOfKeys) load_factors<C::kStep>(p, s, head, at, C::kThreads, factors(n));
     copy_async_commit();
   }
 
-  // dS of a pair whose P is given. A row with one key: see dlse_of. `hides`: there may be such a row here.
-  GK_DEVICE float gradient(float probability, float dp, float delta, float inverse, bool hides, int head,
-                           int query) const {
-    if (hides && inverse == 1.f && probability > 0.5f && p.softmax_state) return dlse_of(p, t.sequence, head, query);
-    return probability * (dp - delta);
+  GK_DEVICE RowFactors factors_at(int n, int column) const {
+    const float* of_step = factors(n) + column;
+    return {of_step[0], of_step[C::kStep], of_step[2 * C::kStep], of_step[3 * C::kStep]};
   }
 
   // C to P and D to dS, in place.
-  GK_DEVICE void differentiate(float (&c)[1][kColumns][4], float (&d)[1][kColumns][4], int n, int head, int at,
-                               bool full) const {
+  GK_DEVICE void differentiate(float (&c)[1][kColumns][4], float (&d)[1][kColumns][4], int n, int at, bool full) const {
     const Sequence& s = t.sequence;
-    const float* of_step = factors(n);
     int first[2], last[2];
     if constexpr (!C::kOfKeys) {
 #pragma unroll
@@ -122,7 +128,7 @@ struct BackwardBlock {
         const int column = 8 * j + int(threadIdx.x) % 4 * 2 + e;
         RowFactors of_column;
         if constexpr (C::kOfKeys) {
-          of_column = {of_step[column], of_step[C::kStep + column], of_step[2 * C::kStep + column]};
+          of_column = factors_at(n, column);
           if (!full) {
             first[0] = first_key(p, s, at + column);
             last[0] = last_key(p, s, at + column);
@@ -137,9 +143,9 @@ struct BackwardBlock {
             y = x * (y - f.delta);
             continue;
           }
-          const int query = C::kOfKeys ? at + column : row_at(half), key = C::kOfKeys ? row_at(half) : at + column;
+          const int key = C::kOfKeys ? row_at(half) : at + column;
           const bool seen = first[C::kOfKeys ? 0 : half] <= key && key <= last[C::kOfKeys ? 0 : half];
-          y = seen ? gradient(x, y, f.delta, f.inverse, true, head, query) : 0.f;
+          y = seen ? score_gradient(x, y, f) : 0.f;
           if (!seen) x = 0;
         }
       }
@@ -159,7 +165,6 @@ struct BackwardBlock {
     }
     const Scores scores(p, s, head);
     const bool modified = scores_are_modified(p);
-    const float* of_step = factors(n);
 #pragma unroll 1
     for (int i = 0; i < 4 * kColumns; ++i) {
       const int half = i % 4 / 2, column = i / 4 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
@@ -172,14 +177,11 @@ struct BackwardBlock {
       if (x == -kAttentionInfinity) {
         x = 0;
       } else {
-        const RowFactors f =
-            C::kOfKeys
-                ? RowFactors{of_step[column], of_step[C::kStep + column], of_step[2 * C::kStep + column]}
-                : RowFactors{half ? row[1].max : row[0].max, half ? row[1].inverse : row[0].inverse,
-                             half ? row[1].delta : row[0].delta};  // no index: it would move row out of registers
+        RowFactors f = half ? row[1] : row[0];  // no index: it would move row out of registers
+        if constexpr (C::kOfKeys) f = factors_at(n, column);
         const float factor = p.dropout_p > 0 ? simt::dropout_of(p, s, head, query, key) : 1.f;
         x = exp2_approx((x - f.max) * unit) * f.inverse;
-        y = cap * gradient(x, factor * mine_too[i * C::kThreads], f.delta, f.inverse, true, head, query);
+        y = cap * score_gradient(x, factor * mine_too[i * C::kThreads], f);
         x *= factor;
       }
       mine[i * C::kThreads] = x;
@@ -222,12 +224,12 @@ struct BackwardBlock {
       float c[1][kColumns][4], d[1][kColumns][4];
       clear(c);
       clear(d);
-      multiply_rows<1, C::kStep>(c, a(0), warp_row(), b(n, 0), 0);
-      multiply_rows<1, C::kStep>(d, a(1), warp_row(), b(n, 1), 0);
+      multiply_rows<1, C::kStep, C::kUnrolled>(c, a(0), warp_row(), b(n, 0), 0);
+      multiply_rows<1, C::kStep, C::kUnrolled>(d, a(1), warp_row(), b(n, 1), 0);
       if constexpr (C::kExtras)
         differentiate_modified(c, d, n, head, column_of(n));
       else
-        differentiate(c, d, n, head, column_of(n), visit.full(column_of(n)));
+        differentiate(c, d, n, column_of(n), visit.full(column_of(n)));
       if (finite) {
         __syncthreads();  // the products of b as it is are done
         make_finite<C::kStep, C::kThreads>(b(n, 0));

@@ -155,7 +155,7 @@ struct ForwardBlock {
       load_keys(p.v, v, key, int(p.value_dim));
       float s[kTiles][kColumns][4];
       clear(s);
-      multiply_rows<kTiles, C::kKeys>(s, q, warp_row(), k, 0);
+      multiply_rows<kTiles, C::kKeys, C::kDim / 16>(s, q, warp_row(), k, 0);
       if (modified)
         modify(s, key);
       else if (!visit.full(key))

@@ -51,7 +51,8 @@ GK_DEVICE void load_tile(TileMemory<T, kDim> to, const HeadsView& view, int64_t 
   const T* from = token_at<T>(view, batch, token, head);
   if (!is_aligned<T>(view, dims))
     return load_tile_by_elements<T>(to.data, kRows, kDim, kThreads, from, view.token, view.dim, count, dims);
-#pragma unroll 4
+  constexpr int kUnrolled = kDim > 128 ? 2 : 4;  // addresses in registers, beside the sums
+#pragma unroll kUnrolled
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, c = i % kChunks;
     const bool valid = row < count && 8 * c < dims;
@@ -68,13 +69,12 @@ GK_DEVICE void make_finite(TileMemory<T, kDim> tile) {
     if ((tile.data[i].bits & exponent) == exponent) tile.data[i].bits = 0;
 }
 
-// c[kTiles][kColumns / 8] += A B^T: rows [row, row + 16 kTiles) of a, the kColumns rows of b from `column`.
-template <int kTiles, int kColumns, class T, int kDim>
+// c[kTiles][kColumns / 8] += A B^T: rows [row, row + 16 kTiles) of a, the kColumns rows of b from `column`. kUnrolled: of
+// the sum's steps of 16 dims; all of a long sum want registers for their addresses.
+template <int kTiles, int kColumns, int kUnrolled, class T, int kDim>
 GK_DEVICE void multiply_rows(float (&c)[kTiles][kColumns / 8][4], TileMemory<T, kDim> a, int row, TileMemory<T, kDim> b,
                              int column) {
   const int lane = threadIdx.x % 32;
-  // All of a long sum would want its addresses in registers.
-  constexpr int kUnrolled = kDim > 128 ? 2 : kDim > 64 ? 4 : kDim / 16;
 #pragma unroll kUnrolled
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t left[kTiles][4];
