@@ -1,5 +1,6 @@
-"""The Hopper kernels of flash_attention in the host simulator: TMA, mbarriers, named barriers and wgmma as it models them.
-Their planted faults are among those of test_cuda_simulator.py."""
+"""The Hopper kernels of flash_attention in the host simulator, with its models of TMA, mbarriers and wgmma.
+Their planted faults are among those of test_cuda_simulator.py.
+"""
 
 import pytest
 from test_cuda_simulator import SIMULATOR, build, expect_none, python  # noqa: F401  build is a fixture
