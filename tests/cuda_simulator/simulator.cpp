@@ -19,6 +19,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // the registers of a thread and the frames of what it calls
 constexpr size_t kGuardBytes = 4096;
+constexpr int kStandingRounds = 200;  // after which another warp stands still
 
 // ---- switching stacks: swapcontext costs a system call, so x86-64 has its own ----
 
@@ -188,12 +189,18 @@ void run_block() {
   for (const Hooks& h : hooks())
     if (h.begin) h.begin();
   const int warps = int(b.warps.size());
-  while (b.left < b.threads) {
+  // One warp (or none) stands still for as long as the others can go on: what lacks a barrier is then far apart.
+  int standing = -1;
+  bool stuck = false;
+  for (int64_t round = 0; b.left < b.threads; ++round) {
     const int64_t before = b.progress;
     const int first = random(warps);
     bool nobody_ran = true;
+    if (round % kStandingRounds == 0) standing = random(2 * warps);
+    const bool held = standing < warps && !stuck;
     for (int w = 0; w < warps; ++w) {
       const int warp = (first + w) % warps;
+      if (held && warp == standing) continue;
       for (int l = warp * kWarp; l < (warp + 1) * kWarp && l < b.threads; ++l) {
         Fiber& fiber = b.fibers[size_t(l)];
         if (fiber.done || (fiber.waits_on && *fiber.waits_on == fiber.waits_while)) continue;
@@ -210,7 +217,8 @@ void run_block() {
     }
     const bool under_way = !b.in_flight.empty();
     advance_what_is_in_flight(nobody_ran);
-    if (b.progress == before && !under_way) {
+    stuck = b.progress == before;
+    if (stuck && !under_way && !held) {
       b.fault = deadlock();
       return;
     }

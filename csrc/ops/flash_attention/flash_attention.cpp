@@ -82,7 +82,8 @@ ScoresView scores_view(const char* op, const TensorRef& t, const char* name, con
   bool fits = dim <= 4;
   for (int64_t i = 0; fits && i < dim; ++i) {
     const int64_t target = 4 - dim + i;
-    fits = t.size(i) == 1 || t.size(i) == sizes[target] || (p.cu_q && on_gpu(t) && target >= 2 && t.size(i) < sizes[target]);
+    const bool bounded = p.cu_q && on_gpu(t) && target >= 2;
+    fits = t.size(i) == 1 || t.size(i) == sizes[target] || (bounded && t.size(i) < sizes[target]);
     if (t.size(i) > 1) strides[target] = t.stride(i);
   }
   GK_CHECK_VALUE(fits, op, name, ": expected a shape that broadcasts to [", sizes[0], ", ", sizes[1], ", ", sizes[2],

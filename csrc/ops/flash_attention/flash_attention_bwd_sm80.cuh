@@ -29,6 +29,7 @@ struct Backward {
   static constexpr int kStages = kDim <= 128 ? 2 : 1;
   // C and D of a step lie in registers beside the sums: what is left of 255 for them.
   static constexpr int kStep = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
+  static constexpr int kUnrolled = kDim > 128 ? 2 : kDim > 64 ? 4 : kDim / 16;
   static constexpr int kRowBytes = 2 * kRows * kDim * int(sizeof(T));
   static constexpr int kStageBytes = 2 * kStep * kDim * int(sizeof(T)) + 4 * kStep * int(sizeof(float));
   static constexpr int kScratchBytes = kExtras ? 2 * kRows * kStep * int(sizeof(float)) : 0;
@@ -66,9 +67,7 @@ struct BackwardBlock {
 
   GK_DEVICE Memory a(int which) const { return {reinterpret_cast<T*>(memory) + which * C::kRows * C::kDim}; }
   GK_DEVICE char* stage(int n) const { return memory + C::kRowBytes + n % C::kStages * C::kStageBytes; }
-  GK_DEVICE Memory b(int n, int which) const {
-    return {reinterpret_cast<T*>(stage(n)) + which * C::kStep * C::kDim};
-  }
+  GK_DEVICE Memory b(int n, int which) const { return {reinterpret_cast<T*>(stage(n)) + which * C::kStep * C::kDim}; }
   // Of the queries of a step: [3][kStep] of max, inverse, delta.
   GK_DEVICE float* factors(int n) const {
     return reinterpret_cast<float*>(stage(n) + 2 * C::kStep * C::kDim * int(sizeof(T)));
@@ -175,9 +174,10 @@ struct BackwardBlock {
         x = 0;
       } else {
         const RowFactors f =
-            C::kOfKeys ? RowFactors{of_step[column], of_step[C::kStep + column], of_step[2 * C::kStep + column]}
-                       : RowFactors{half ? row[1].max : row[0].max, half ? row[1].inverse : row[0].inverse,
-                                    half ? row[1].delta : row[0].delta};  // no index: it would move row out of registers
+            C::kOfKeys
+                ? RowFactors{of_step[column], of_step[C::kStep + column], of_step[2 * C::kStep + column]}
+                : RowFactors{half ? row[1].max : row[0].max, half ? row[1].inverse : row[0].inverse,
+                             half ? row[1].delta : row[0].delta};  // no index: it would move row out of registers
         const float factor = p.dropout_p > 0 ? simt::dropout_of(p, s, head, query, key) : 1.f;
         x = exp2_approx((x - f.max) * unit) * f.inverse;
         y = cap * gradient(x, factor * mine_too[i * C::kThreads], f.delta, f.inverse, true, head, query);
@@ -223,8 +223,8 @@ struct BackwardBlock {
       float c[1][kColumns][4], d[1][kColumns][4];
       clear(c);
       clear(d);
-      multiply_rows<1, C::kStep>(c, a(0), warp_row(), b(n, 0), 0);
-      multiply_rows<1, C::kStep>(d, a(1), warp_row(), b(n, 1), 0);
+      multiply_rows<1, C::kStep, C::kUnrolled>(c, a(0), warp_row(), b(n, 0), 0);
+      multiply_rows<1, C::kStep, C::kUnrolled>(d, a(1), warp_row(), b(n, 1), 0);
       if constexpr (C::kExtras)
         differentiate_modified(c, d, n, head, column_of(n));
       else
@@ -278,7 +278,8 @@ struct BackwardBlock {
 
 // NaN and infinities to the rows of a tile that see them.
 template <class T>
-GK_DEVICE_COLD void repair_gradients(const FlashAttentionParams& p, const Tile& t, bool of_keys, int warps, float* room) {
+GK_DEVICE_COLD void repair_gradients(const FlashAttentionParams& p, const Tile& t, bool of_keys, int warps,
+                                     float* room) {
   const int warp = int(threadIdx.x) / 32;
   for (int row = t.begin + warp; row < t.begin + t.count; row += warps)
     if (of_keys)
@@ -296,7 +297,7 @@ GK_DEVICE_COLD void fill_tokens(const HeadsView& view, const Tile& t, int64_t to
 // Two blocks of 128 threads leave each thread 255 registers.
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 2)
-flash_attention_bwd_sm80_kernel(const __grid_constant__ FlashAttentionParams p) {
+    flash_attention_bwd_sm80_kernel(const __grid_constant__ FlashAttentionParams p) {
   using T = typename C::T;
   GK_SHARED(memory);
   const Tile t = C::kOfKeys ? key_tile_at(p, C::kRows, blockIdx.x) : row_tile_at(p, C::kRows, blockIdx.x);

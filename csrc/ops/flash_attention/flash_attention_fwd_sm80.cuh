@@ -73,18 +73,21 @@ struct ForwardBlock {
   GK_DEVICE void modify(float (&s)[kTiles][kColumns][4], int key) const {
     float* mine = reinterpret_cast<float*>(reinterpret_cast<char*>(q.data) + C::kTileBytes) + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kTiles * kColumns * 4; ++i) mine[i * C::kThreads] = s[i / (4 * kColumns)][i / 4 % kColumns][i % 4];
+    for (int i = 0; i < kTiles * kColumns * 4; ++i)
+      mine[i * C::kThreads] = s[i / (4 * kColumns)][i / 4 % kColumns][i % 4];
     const Scores scores(p, t.sequence, t.head);
 #pragma unroll 1
     for (int i = 0; i < kTiles * kColumns * 4; ++i) {
-      const int row = query(i / (4 * kColumns), i % 4 / 2), at = key + i / 4 % kColumns * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
+      const int row = query(i / (4 * kColumns), i % 4 / 2),
+                at = key + i / 4 % kColumns * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
       float unused, x = -kAttentionInfinity;
       if (row < t.sequence.queries && first_key(p, t.sequence, row) <= at && at <= last_key(p, t.sequence, row))
         x = scores.modify(p, mine[i * C::kThreads], row, at, unused);
       mine[i * C::kThreads] = x;
     }
 #pragma unroll
-    for (int i = 0; i < kTiles * kColumns * 4; ++i) s[i / (4 * kColumns)][i / 4 % kColumns][i % 4] = mine[i * C::kThreads];
+    for (int i = 0; i < kTiles * kColumns * 4; ++i)
+      s[i / (4 * kColumns)][i / 4 % kColumns][i % 4] = mine[i * C::kThreads];
   }
 
   // Scores to probabilities, in place, under the maximum so far; O and the sums follow it.
@@ -152,7 +155,7 @@ struct ForwardBlock {
       load_keys(p.v, v, key, int(p.value_dim));
       float s[kTiles][kColumns][4];
       clear(s);
-      multiply_rows<kTiles, C::kKeys>(s, q, warp_row(), k, 0);
+      multiply_rows<kTiles, C::kKeys, C::kDim / 16>(s, q, warp_row(), k, 0);
       if (modified)
         modify(s, key);
       else if (!visit.full(key))
@@ -215,7 +218,7 @@ GK_DEVICE_COLD void fill_unowned_rows(const FlashAttentionParams& p, const Tile&
 // Two blocks of 128 threads leave each thread 255 registers.
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 2)
-flash_attention_fwd_sm80_kernel(const __grid_constant__ FlashAttentionParams p) {
+    flash_attention_fwd_sm80_kernel(const __grid_constant__ FlashAttentionParams p) {
   using T = typename C::T;
   GK_SHARED(memory);
   const Tile t = row_tile_at(p, C::kRows, blockIdx.x);

@@ -8,7 +8,8 @@
 namespace genai_kernels {
 namespace {
 
-constexpr int64_t kMostPositions = int64_t(1) << 29;  // positions in a sequence, and their sums, are ints in the kernels
+// Positions in a sequence, and their sums, are ints in the kernels.
+constexpr int64_t kMostPositions = int64_t{1} << 29;
 // K and V of the heads whose tiles run together: a third of the smallest L2 of the cards that train (A100: 40 MB).
 constexpr int64_t kBytesTogether = 12 << 20;
 

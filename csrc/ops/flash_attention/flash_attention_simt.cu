@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kThreads) flash_attention_fwd_simt_kernel(Flas
   const int64_t dim = int64_t(blockIdx.y) * kDims;
   const int query = t.begin + warp();
   if (t.owned)
-    return simt::attend_row<T>(p, t.sequence, t.head, query, dim, false, reinterpret_cast<float*>(memory) + 64 * warp());
+    return simt::attend_row<T>(p, t.sequence, t.head, query, dim, false,
+                               reinterpret_cast<float*>(memory) + 64 * warp());
   store_zeros<T>(p.out, t.sequence.query_begin + query, t.head, dim, p.value_dim);
   if (lane() == 0 && dim == 0)
     store_row_state(p, t.sequence.row(p, t.head, query), -kAttentionInfinity, {0.f, 0.f, 0.});
@@ -99,8 +100,7 @@ __global__ void __launch_bounds__(kThreads) flash_attention_dsink_kernel(FlashAt
     const int64_t row = s.row(p, head, query);
     const float delta = reinterpret_cast<const float*>(p.delta)[row];
     const RowState state = row_state(p, row);
-    const double share =
-        state.sees_nothing() ? 1 : exp(sink - double(state.max) * unit) * double(state.inverse);
+    const double share = state.sees_nothing() ? 1 : exp(sink - double(state.max) * unit) * double(state.inverse);
     if (reinterpret_cast<const float*>(p.lse)[row] != -kAttentionInfinity) sum -= share * delta;
   }
   sum = simt::warp_sum(sum);
@@ -164,7 +164,8 @@ cudaError_t with_type(Dtype dtype, const F& f) {
 }
 
 template <class Kernel>
-cudaError_t launch_tiles(Kernel* kernel, int64_t tiles, int chunks, const FlashAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_tiles(Kernel* kernel, int64_t tiles, int chunks, const FlashAttentionParams& p,
+                         cudaStream_t stream) {
   if (tiles == 0) return cudaSuccess;
   return launch(kernel, dim3(unsigned(tiles), unsigned(chunks)), kThreads, kRoom, stream, p);
 }
@@ -191,8 +192,7 @@ cudaError_t launch_flash_attention_bwd_simt(const FlashAttentionParams& p, cudaS
   return with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int chunks = dim_chunks(p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
-    const cudaError_t error =
-        launch_tiles(flash_attention_dkv_simt_kernel<T>, key_tiles(p, kWarps), chunks, p, stream);
+    const cudaError_t error = launch_tiles(flash_attention_dkv_simt_kernel<T>, key_tiles(p, kWarps), chunks, p, stream);
     if (error != cudaSuccess) return error;
     return launch_tiles(flash_attention_dq_simt_kernel<T>, row_tiles(p, kWarps), dim_chunks(p.head_dim), p, stream);
   });

@@ -230,7 +230,8 @@ struct Scores {
 // What forward kept of a row: P = exp2((score - max) * unit) * inverse. Without softmax_state lse has to do.
 struct RowState {
   float max, inverse;
-  GK_DEVICE bool sees_nothing() const { return max == -kAttentionInfinity && inverse == 0; }  // or else all it sees is NaN
+  // A row that sees NaN alone has that maximum too.
+  GK_DEVICE bool sees_nothing() const { return max == -kAttentionInfinity && inverse == 0; }
 };
 GK_DEVICE RowState row_state(const FlashAttentionParams& p, int64_t row) {
   if (p.softmax_state) {

@@ -34,8 +34,7 @@ GK_DEVICE float dot(const T* a, int64_t a_stride, const T* b, int64_t b_stride, 
   int64_t d = 0;
   for (; d + 4 <= n; d += 4)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      sum[i] = fmaf(to_float(a[(d + i) * a_stride]), to_float(b[(d + i) * b_stride]), sum[i]);
+    for (int i = 0; i < 4; ++i) sum[i] = fmaf(to_float(a[(d + i) * a_stride]), to_float(b[(d + i) * b_stride]), sum[i]);
   for (; d < n; ++d) sum[0] = fmaf(to_float(a[d * a_stride]), to_float(b[d * b_stride]), sum[0]);
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
@@ -146,8 +145,8 @@ GK_DEVICE Pair differentiate_pair(const FlashAttentionParams& p, const Sequence&
     dp *= factor;
   }
   const bool one_key = p.softmax_state ? state.inverse == 1.f && probability > 0.5f : probability == 1.f;
-  pair.gradient = one_key ? dlse_of(p, s, head, query)
-                          : probability * (dp - reinterpret_cast<const float*>(p.delta)[row]);
+  pair.gradient =
+      one_key ? dlse_of(p, s, head, query) : probability * (dp - reinterpret_cast<const float*>(p.delta)[row]);
   return pair;
 }
 
@@ -190,8 +189,7 @@ GK_DEVICE void differentiate_key(const FlashAttentionParams& p, const Sequence& 
     const Scores scores(p, s, head);
     for (int step = visit.begin; step < visit.end; step += 32) {
       Pair pair{0, 0, 1, false};
-      if (step + lane < s.queries)
-        pair = differentiate_pair<T>(p, s, scores, head, step + lane, key, modified);
+      if (step + lane < s.queries) pair = differentiate_pair<T>(p, s, scores, head, step + lane, key, modified);
       const unsigned seen = __ballot_sync(~0u, pair.seen);
       room[lane] = pair.gradient * pair.cap;
       room[32 + lane] = pair.kept;

@@ -45,8 +45,8 @@ GK_DEVICE_COLD void load_tile_by_elements(T* to, int rows, int dim, int threads,
 // Starts to load tokens [token, token + count) of a head into a tile of kRows; zeros in all other places. Asynchronous
 // where the memory is aligned.
 template <int kRows, int kThreads, class T, int kDim>
-GK_DEVICE void load_tile(TileMemory<T, kDim> to, const HeadsView& view, int64_t batch, int64_t token, int head, int count,
-                         int dims) {
+GK_DEVICE void load_tile(TileMemory<T, kDim> to, const HeadsView& view, int64_t batch, int64_t token, int head,
+                         int count, int dims) {
   constexpr int kChunks = TileMemory<T, kDim>::kChunks;
   const T* from = token_at<T>(view, batch, token, head);
   if (!is_aligned<T>(view, dims))
@@ -68,12 +68,12 @@ GK_DEVICE void make_finite(TileMemory<T, kDim> tile) {
     if ((tile.data[i].bits & exponent) == exponent) tile.data[i].bits = 0;
 }
 
-// c[kTiles][kColumns / 8] += A B^T: rows [row, row + 16 kTiles) of a, the kColumns rows of b from `column`.
-template <int kTiles, int kColumns, class T, int kDim>
-GK_DEVICE void multiply_rows(float (&c)[kTiles][kColumns / 8][4], TileMemory<T, kDim> a, int row,
-                             TileMemory<T, kDim> b, int column) {
+// c[kTiles][kColumns / 8] += A B^T: rows [row, row + 16 kTiles) of a, the kColumns rows of b from `column`. kUnrolled: of
+// the sum's steps of 16 dims; all of a long sum want registers for their addresses.
+template <int kTiles, int kColumns, int kUnrolled, class T, int kDim>
+GK_DEVICE void multiply_rows(float (&c)[kTiles][kColumns / 8][4], TileMemory<T, kDim> a, int row, TileMemory<T, kDim> b,
+                             int column) {
   const int lane = threadIdx.x % 32;
-  constexpr int kUnrolled = kDim > 128 ? 2 : kDim > 64 ? 4 : kDim / 16;  // all of a long sum would want its addresses in registers
 #pragma unroll kUnrolled
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t left[kTiles][4];
