@@ -99,9 +99,9 @@ def test_limits(build):
 
 # What the CPU's kernels do and these do not: float64, refused positions; and what calls attention.
 NOT_HERE = [
-    "float64", "double_backward", "positions", "opcheck", "compile", "parts_of_the_keys", "only_one_output", "thread_count",
-    "flash", "attention_with", "bias_and_mask", "thousand", "tails", "guard", "memory_is", "queries", "packed", "padding",
-    "sequence", "layout_changes", "heads_alone", "expanded_keys", "every_tail",
+    "float64", "double_backward", "positions", "opcheck", "compile", "parts_of_the_keys", "only_one_output", "flash",
+    "thread_count", "attention_with", "bias_and_mask", "thousand", "tails", "guard", "memory_is", "queries", "packed",
+    "padding", "sequence", "layout_changes", "heads_alone", "expanded_keys", "every_tail",
 ]  # fmt: skip
 
 

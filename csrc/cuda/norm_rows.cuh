@@ -318,9 +318,9 @@ cudaError_t launch_norm_forward(const NormParams& p, cudaStream_t stream, const 
 
 // The most threads of a block of such a kernel: what the compiler divides the registers by.
 template <class T, bool kResidual, int kVectors, bool kHeld>
-inline constexpr int kNormThreads = !kHeld          ? kLongRowThreads
-                                    : kVectors == 1 ? kShortRowThreads
-                                    : kVectors == 4 ? kTileThreads
+inline constexpr int kNormThreads = !kHeld                        ? kLongRowThreads
+                                    : kVectors == 1               ? kShortRowThreads
+                                    : kVectors == 4               ? kTileThreads
                                     : kResidual && sizeof(T) == 2 ? 512
                                                                   : 1024;
 

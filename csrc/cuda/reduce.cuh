@@ -21,7 +21,9 @@ struct RowGroup {
 
   GK_DEVICE RowGroup(int threads, void* at) : size(threads), shared(static_cast<Shared*>(at)) {}
   GK_DEVICE int rank() const { return size < int(blockDim.x) ? int(threadIdx.x) & (size - 1) : int(threadIdx.x); }
-  GK_DEVICE int number() const { return size < int(blockDim.x) ? int(threadIdx.x) / size : 0; }  // of the block's groups
+  GK_DEVICE int number() const {
+    return size < int(blockDim.x) ? int(threadIdx.x) / size : 0;
+  }  // of the block's groups
   GK_DEVICE int count() const { return size < int(blockDim.x) ? int(blockDim.x) / size : 1; }
 
   // Every thread of the group gets the same bits. All threads of the block must call it.

@@ -19,7 +19,7 @@ template <class Partial, class Out>
 __global__ void __launch_bounds__(kColumns* kSlices)
     sum_blocks_kernel(const Partial* partial, int64_t blocks, int64_t n, Out* out) {
   GK_SHARED(shared);
-  auto& sums = *reinterpret_cast<double(*)[kSlices][kColumns]>(shared);
+  auto& sums = *reinterpret_cast<double (*)[kSlices][kColumns]>(shared);
   const int lane = threadIdx.x % kColumns, slice = threadIdx.x / kColumns;
   const int64_t column = int64_t(blockIdx.x) * kColumns + lane;
   const int64_t part = (blocks + kSlices - 1) / kSlices, begin = slice * part;
@@ -53,9 +53,9 @@ cudaError_t launch_sum_blocks(bool in_double, const void* partial, int64_t block
     using Out = typename decltype(tag)::type;
     switch_bool(in_double, [&](auto doubles) {
       using Partial = std::conditional_t<decltype(doubles)::value, double, float>;
-      error = launch(sum_blocks_kernel<Partial, Out>, dim3(unsigned((n + kColumns - 1) / kColumns)),
-                     kColumns * kSlices, int(sizeof(double[kSlices][kColumns])), stream,
-                     static_cast<const Partial*>(partial), blocks, n, static_cast<Out*>(out));
+      error = launch(sum_blocks_kernel<Partial, Out>, dim3(unsigned((n + kColumns - 1) / kColumns)), kColumns * kSlices,
+                     int(sizeof(double[kSlices][kColumns])), stream, static_cast<const Partial*>(partial), blocks, n,
+                     static_cast<Out*>(out));
     });
   });
   return error;

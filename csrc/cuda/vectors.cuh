@@ -162,7 +162,8 @@ inline bool is_wide(const Rows& rows, int64_t bytes_of_element, int64_t part) {
   if (!rows.data) return true;
   bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && part * bytes_of_element % 16 == 0;
   aligned = aligned && (rows.inner_stride == 1 || rows.length == 1);
-  for (int d = 0; d < rows.dims; ++d) aligned = aligned && (rows.size[d] == 1 || rows.stride[d] * bytes_of_element % 16 == 0);
+  for (int d = 0; d < rows.dims; ++d)
+    aligned = aligned && (rows.size[d] == 1 || rows.stride[d] * bytes_of_element % 16 == 0);
   return aligned;
 }
 inline bool is_wide(const Rows& rows, int64_t bytes_of_element) { return is_wide(rows, bytes_of_element, rows.length); }

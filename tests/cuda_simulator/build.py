@@ -1,5 +1,5 @@
-"""Builds the library of the simulator: the host functions of csrc, the CUDA kernels' own source as C++, and the simulator
-in CUDA's place. It takes the place of genai_kernels/_C in a process of its own (tests/cuda_simulator/load.py).
+"""Builds the library of the simulator: the host functions of csrc, the CUDA kernels' own source as C++, and the
+simulator in CUDA's place. In a process of its own it stands for genai_kernels/_C (tests/cuda_simulator/load.py).
 
     python tests/cuda_simulator/build.py
 """
@@ -27,8 +27,9 @@ def compile_flags(csrc: Path = ROOT / "csrc") -> list[str]:
     includes = [HERE, csrc, sysconfig.get_paths()["include"], *include_paths()]
     return [
         "-O2", "-g1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread",
-        "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
-        "-DGENAI_KERNELS_CUDA", '-DGENAI_KERNELS_VERSION="simulator"', "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-psabi", "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized", "-DGENAI_KERNELS_CUDA", '-DGENAI_KERNELS_VERSION="simulator"',
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DPy_LIMITED_API=0x030a0000", *(f"-I{path}" for path in includes),
     ]  # fmt: skip
 
@@ -91,8 +92,8 @@ def build_with_fault(folder: Path, file: str, old: str, new: str, unit: str) -> 
     flags = ["-O0", "-g0", "-w", *compile_flags(folder / "csrc")[2:]]
     target = folder / "fault.o"
     subprocess.run(["g++", *flags, "-x", "c++", "-c", folder / unit, "-o", target], check=True)
-    objects = [target if source.name == Path(unit).name else FOLDER / f"{source.name}.o" for source in sources()]
-    link(objects, folder / "_C.abi3.so")
+    others = [FOLDER / f"{source.name}.o" for source in sources() if source.name != Path(unit).name]
+    link([target, *others], folder / "_C.abi3.so")  # first: of an inline function the linker keeps the first it meets
     return folder / "_C.abi3.so"
 
 

@@ -4,6 +4,7 @@ everything that is wrong, and ends with status 1 if there was one.
 samples    the accuracy rule over the op's own samples, bfloat16 and float16, forward and backward
 forward    the same over calls that reach what the samples do not: every tile shape, rings that go round more than twice
 backward   likewise
+first ...  one of these, up to the first complaint: for planted faults
 nonfinite  NaN and infinities that a row does not see change no bit of it, those that it sees arrive
 """
 
@@ -139,11 +140,14 @@ def nonfinite():
 
 
 def main():
+    only_first = sys.argv[1] == "first"
     found = False
-    for name in sys.argv[1:]:
+    for name in sys.argv[1 + only_first :]:
         for complaint in globals()[name]():
             print(complaint, flush=True)
             found = True
+            if only_first:
+                break
     sys.exit(found)
 
 

@@ -1,5 +1,5 @@
-"""Importing this before genai_kernels puts the simulator's library in the place of genai_kernels._C: every op then runs its
-CUDA kernels, on CPU tensors.
+"""Importing this before genai_kernels puts the simulator's library in the place of genai_kernels._C: every op then runs
+its CUDA kernels, on CPU tensors.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ import torch  # noqa: F401  before the library, which is linked against it
 DEFAULT = Path(__file__).resolve().parents[2] / "build/cuda_simulator/_C.abi3.so"
 
 spec = importlib.util.spec_from_file_location("genai_kernels._C", os.environ.get("CUDA_SIMULATOR_LIBRARY", DEFAULT))
-assert spec is not None and spec.loader is not None
+assert spec is not None
+assert spec.loader is not None
 sys.setdlopenflags(os.RTLD_LAZY)  # a room may not have all its CUDA kernels yet
 sys.modules["genai_kernels._C"] = importlib.util.module_from_spec(spec)

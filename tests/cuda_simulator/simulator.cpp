@@ -19,7 +19,8 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // the registers of a thread and the frames of what it calls
 constexpr size_t kGuardBytes = 4096;
-constexpr int kStandingRounds = 200;  // after which another warp stands still
+constexpr int kStandingRounds = 200;                   // after which another warp stands still
+constexpr int kSeldomAsleep = 32, kLongestSleep = 24;  // a sum over a block takes about 12 rounds
 
 // ---- switching stacks: swapcontext costs a system call, so x86-64 has its own ----
 
@@ -192,15 +193,23 @@ void run_block() {
   // One warp (or none) stands still for as long as the others can go on: what lacks a barrier is then far apart.
   int standing = -1;
   bool stuck = false;
+  std::vector<int> asleep(size_t(warps), 0);  // rounds: the others overtake it by as much as barriers let them
   for (int64_t round = 0; b.left < b.threads; ++round) {
     const int64_t before = b.progress;
     const int first = random(warps);
-    bool nobody_ran = true;
+    bool nobody_ran = true, slept = false;
     if (round % kStandingRounds == 0) standing = random(2 * warps);
     const bool held = standing < warps && !stuck;
     for (int w = 0; w < warps; ++w) {
       const int warp = (first + w) % warps;
       if (held && warp == standing) continue;
+      int& rounds = asleep[size_t(warp)];
+      if (rounds == 0 && warps > 1 && random(kSeldomAsleep) == 0) rounds = 1 + random(kLongestSleep);
+      if (rounds > 0) {
+        --rounds;
+        slept = true;
+        continue;
+      }
       for (int l = warp * kWarp; l < (warp + 1) * kWarp && l < b.threads; ++l) {
         Fiber& fiber = b.fibers[size_t(l)];
         if (fiber.done || (fiber.waits_on && *fiber.waits_on == fiber.waits_while)) continue;
@@ -216,9 +225,9 @@ void run_block() {
       }
     }
     const bool under_way = !b.in_flight.empty();
-    advance_what_is_in_flight(nobody_ran);
+    advance_what_is_in_flight(nobody_ran && !slept);
     stuck = b.progress == before;
-    if (stuck && !under_way && !held) {
+    if (stuck && !under_way && !held && !slept) {
       b.fault = deadlock();
       return;
     }

@@ -44,13 +44,17 @@ std::tuple<Tensor, Tensor> fused_add_rms_norm_bwd(const TensorRef& dy, const Opt
     p.dsum = read_rows(kOp, "dsum", *dsum);
   }
   Tensor dx = new_like(sum), dw = new_parameter_gradient(sum, weight, weight_grad);
-  run_norm_backward(kOp, p, dy, sum, dx, weight && weight_grad ? &dw : nullptr, nullptr, fused_add_rms_norm_bwd_kernel, launch_fused_add_rms_norm_bwd);
+  run_norm_backward(kOp, p, dy, sum, dx, weight && weight_grad ? &dw : nullptr, nullptr, fused_add_rms_norm_bwd_kernel,
+                    launch_fused_add_rms_norm_bwd);
   return {dx, dw};
 }
 
 }  // namespace
 }  // namespace genai_kernels
 
-GK_OP(fused_add_rms_norm, genai_kernels::fused_add_rms_norm, "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)")
-GK_OP(fused_add_rms_norm_out, genai_kernels::fused_add_rms_norm_out, "(Tensor x, Tensor residual, Tensor? weight, float eps, Tensor(a!) out, Tensor(b!) out_residual) -> ()")
-GK_OP(fused_add_rms_norm_bwd, genai_kernels::fused_add_rms_norm_bwd, "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, float eps, bool weight_grad) -> (Tensor, Tensor)")
+GK_OP(fused_add_rms_norm, genai_kernels::fused_add_rms_norm,
+      "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)")
+GK_OP(fused_add_rms_norm_out, genai_kernels::fused_add_rms_norm_out,
+      "(Tensor x, Tensor residual, Tensor? weight, float eps, Tensor(a!) out, Tensor(b!) out_residual) -> ()")
+GK_OP(fused_add_rms_norm_bwd, genai_kernels::fused_add_rms_norm_bwd,
+      "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, float eps, bool weight_grad) -> (Tensor, Tensor)")

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kNormThreads<T, true, kVectors, kHeld>)
 template <class T, int kVectors, bool kHeld>
 __global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>)
     fused_add_rms_norm_bwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowBlocks blocks,
-    const __grid_constant__ RowLaunch rows) {
+                                  const __grid_constant__ RowLaunch rows) {
   normalise_rows_backward<T, false, kVectors, kHeld>(p, blocks, rows);
 }
 
@@ -30,7 +30,8 @@ cudaError_t launch_fused_add_rms_norm_fwd(const NormParams& p, cudaStream_t stre
 
 cudaError_t launch_fused_add_rms_norm_bwd(const NormParams& p, const RowBlocks& blocks, cudaStream_t stream) {
   return launch_norm_backward(p, blocks, stream, [](auto type, auto vectors, auto held) {
-    return &fused_add_rms_norm_bwd_kernel<typename decltype(type)::type, decltype(vectors)::value, decltype(held)::value>;
+    return &fused_add_rms_norm_bwd_kernel<typename decltype(type)::type, decltype(vectors)::value,
+                                          decltype(held)::value>;
   });
 }
 

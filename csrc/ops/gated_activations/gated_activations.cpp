@@ -115,5 +115,7 @@ GK_OP(gelu_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu>, "(Tensor x)
 GK_OP(gelu_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu>, "(Tensor x, Tensor(a!) out) -> ()")
 GK_OP(gelu_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu>, "(Tensor dy, Tensor x) -> Tensor")
 GK_OP(gelu_tanh_and_mul, genai_kernels::gated<genai_kernels::Gate::gelu_tanh>, "(Tensor x) -> Tensor")
-GK_OP(gelu_tanh_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu_tanh>, "(Tensor x, Tensor(a!) out) -> ()")
-GK_OP(gelu_tanh_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu_tanh>, "(Tensor dy, Tensor x) -> Tensor")
+GK_OP(gelu_tanh_and_mul_out, genai_kernels::gated_out<genai_kernels::Gate::gelu_tanh>,
+      "(Tensor x, Tensor(a!) out) -> ()")
+GK_OP(gelu_tanh_and_mul_bwd, genai_kernels::gated_bwd<genai_kernels::Gate::gelu_tanh>,
+      "(Tensor dy, Tensor x) -> Tensor")

@@ -71,7 +71,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const TensorRef& dy, const Opt
 }  // namespace genai_kernels
 
 GK_OP(layer_norm, genai_kernels::layer_norm, "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
-GK_OP(layer_norm_out, genai_kernels::layer_norm_out, "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out) -> ()")
-GK_OP(add_layer_norm, genai_kernels::add_layer_norm, "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)")
-GK_OP(add_layer_norm_out, genai_kernels::add_layer_norm_out, "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, Tensor(b!) out_residual) -> ()")
-GK_OP(layer_norm_bwd, genai_kernels::layer_norm_bwd, "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor? bias, float eps, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)")
+GK_OP(layer_norm_out, genai_kernels::layer_norm_out,
+      "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out) -> ()")
+GK_OP(add_layer_norm, genai_kernels::add_layer_norm,
+      "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)")
+GK_OP(add_layer_norm_out, genai_kernels::add_layer_norm_out,
+      "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, Tensor(b!) out_residual) "
+      "-> ()")
+GK_OP(layer_norm_bwd, genai_kernels::layer_norm_bwd,
+      "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor? bias, float eps, bool weight_grad, bool bias_grad) "
+      "-> (Tensor, Tensor, Tensor)")

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kNormThreads<T, kResidual, kVectors, kHeld>)
 template <class T, int kVectors, bool kHeld>
 __global__ void __launch_bounds__(kNormThreads<T, false, kVectors, kHeld>)
     layer_norm_bwd_kernel(const __grid_constant__ NormParams p, const __grid_constant__ RowBlocks blocks,
-    const __grid_constant__ RowLaunch rows) {
+                          const __grid_constant__ RowLaunch rows) {
   normalise_rows_backward<T, true, kVectors, kHeld>(p, blocks, rows);
 }
 

@@ -112,5 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_states_bwd(const Tens
 }  // namespace
 }  // namespace genai_kernels
 
-GK_OP(merge_attention_states, genai_kernels::merge_attention_states, "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)")
-GK_OP(merge_attention_states_bwd, genai_kernels::merge_attention_states_bwd, "(Tensor d_o, Tensor? dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor d_o_a, Tensor dlse_a, Tensor d_o_b, Tensor dlse_b)")
+GK_OP(merge_attention_states, genai_kernels::merge_attention_states,
+      "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)")
+GK_OP(merge_attention_states_bwd, genai_kernels::merge_attention_states_bwd,
+      "(Tensor d_o, Tensor? dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor d_o_a, Tensor dlse_a, "
+      "Tensor d_o_b, Tensor dlse_b)")

@@ -21,9 +21,9 @@ struct MergeLaunch {
 
 // What the rows of a block share with their threads.
 struct Weights {
-  double a, b;             // the shares of the two sides, neither empty
-  bool a_empty, b_empty;   // lse = -inf: what that side holds is not looked at
-  bool infinite;           // the weights do not change with lse
+  double a, b;            // the shares of the two sides, neither empty
+  bool a_empty, b_empty;  // lse = -inf: what that side holds is not looked at
+  bool infinite;          // the weights do not change with lse
   float dlse;
 };
 

@@ -30,7 +30,8 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const TensorRef& dy, const TensorRef& x,
                                         double eps, bool weight_grad) {
   NormParams p = norm_params(kOp, x, weight, {}, eps);
   Tensor dx = new_like(x), dw = new_parameter_gradient(x, weight, weight_grad);
-  run_norm_backward(kOp, p, dy, x, dx, weight && weight_grad ? &dw : nullptr, nullptr, rms_norm_bwd_kernel, launch_rms_norm_bwd);
+  run_norm_backward(kOp, p, dy, x, dx, weight && weight_grad ? &dw : nullptr, nullptr, rms_norm_bwd_kernel,
+                    launch_rms_norm_bwd);
   return {dx, dw};
 }
 
@@ -39,4 +40,5 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const TensorRef& dy, const TensorRef& x,
 
 GK_OP(rms_norm, genai_kernels::rms_norm, "(Tensor x, Tensor? weight, float eps) -> Tensor")
 GK_OP(rms_norm_out, genai_kernels::rms_norm_out, "(Tensor x, Tensor? weight, float eps, Tensor(a!) out) -> ()")
-GK_OP(rms_norm_bwd, genai_kernels::rms_norm_bwd, "(Tensor dy, Tensor x, Tensor? weight, float eps, bool weight_grad) -> (Tensor, Tensor)")
+GK_OP(rms_norm_bwd, genai_kernels::rms_norm_bwd,
+      "(Tensor dy, Tensor x, Tensor? weight, float eps, bool weight_grad) -> (Tensor, Tensor)")

@@ -118,5 +118,7 @@ void rotary_embedding_out(const TensorRef& x, const TensorRef& cos, const Tensor
 }  // namespace
 }  // namespace genai_kernels
 
-GK_OP(rotary_embedding, genai_kernels::rotary_embedding, "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor")
-GK_OP(rotary_embedding_out, genai_kernels::rotary_embedding_out, "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) out) -> ()")
+GK_OP(rotary_embedding, genai_kernels::rotary_embedding,
+      "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor")
+GK_OP(rotary_embedding_out, genai_kernels::rotary_embedding_out,
+      "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, Tensor(a!) out) -> ()")
