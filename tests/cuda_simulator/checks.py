@@ -7,7 +7,6 @@ layouts OPS            results from strided and unaligned tensors have the bits 
 repeat OPS             the same bits from run to run
 limits                 what the GPU path promises at its limits
 judge OPS              conformance and lengths, shortly, up to the first complaint: for planted faults
-hopper NAME            a check of hopper_checks.py, up to the first complaint
 """
 
 import sys
@@ -153,18 +152,12 @@ def judge(names):
     yield from conformance(names, 2)
 
 
-def hopper(name):
-    import hopper_checks
-
-    yield from getattr(hopper_checks, name)()
-
-
 def main():
     found = False
     for complaint in globals()[sys.argv[1]](*sys.argv[2:]):
         print(complaint, flush=True)
         found = True
-        if sys.argv[1] in {"judge", "hopper"}:
+        if sys.argv[1] == "judge":
             break
     sys.exit(found)
 

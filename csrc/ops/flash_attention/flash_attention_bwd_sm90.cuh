@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
       }
       if (again || shared.repeat < 0) return;
+      __syncwarp();
       named_barrier_sync<128 * kConsumers + 64>(kVerdict);
       if (shared.repeat == 0) return;
     }
@@ -335,6 +336,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       if (pass == 1 || shared.repeat < 0) return;
+      __syncwarp();
       named_barrier_sync<128 * kConsumers + 32>(kVerdict);
       if (shared.repeat == 0) return;
     }
