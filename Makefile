@@ -10,7 +10,7 @@ export PYTHONPATH := $(CURDIR)
 export PYTHON TORCH
 # Where there is no card, the library in this folder has no use for CUDA kernels, whose compilation takes minutes.
 export GENAI_KERNELS_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
-CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

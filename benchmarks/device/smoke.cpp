@@ -312,7 +312,8 @@ int main() {
   for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
     for (const int64_t n : {100, 4096}) {
       norms("rms_norm", dtype, 9, n, false, false, launch_rms_norm_fwd, launch_rms_norm_bwd);
-      norms("fused_add_rms_norm", dtype, 9, n, true, false, launch_fused_add_rms_norm_fwd, launch_fused_add_rms_norm_bwd);
+      norms("fused_add_rms_norm", dtype, 9, n, true, false, launch_fused_add_rms_norm_fwd,
+            launch_fused_add_rms_norm_bwd);
       norms("layer_norm", dtype, 9, n, false, true, launch_layer_norm_fwd, launch_layer_norm_bwd);
     }
     for (const Gate gate : {Gate::silu, Gate::gelu, Gate::gelu_tanh}) gates(dtype, gate);

@@ -22,9 +22,7 @@ def build(folder: Path = ROOT / "build/cuda", target: Path = ROOT / "build/smoke
     includes = [f"-I{p}" for p in (ROOT / "csrc", *cuda.include_folders(nvcc))]
     libraries = [f"-L{p}" for p in cuda.library_folders(nvcc)] + ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     flags = ["-O2", "-std=c++20", "-DGENAI_KERNELS_CUDA"]
-    subprocess.run(
-        ["g++", *flags, *includes, *sources, *map(str, objects), *libraries, "-o", str(target)], check=True
-    )
+    subprocess.run(["g++", *flags, *includes, *sources, *map(str, objects), *libraries, "-o", str(target)], check=True)
     return target
 
 

@@ -11,8 +11,9 @@ namespace genai_kernels {
 
 // words[w][lane] = word w of Philox(counter = (c0, c1[lane], c2[lane], c3), key = seed).
 template <int Lanes>
-[[gnu::always_inline]] GK_HOST_DEVICE inline void philox(uint32_t c0, const uint32_t (&c1)[Lanes], const uint32_t (&c2)[Lanes],
-                                          uint32_t c3, uint64_t seed, uint32_t (&words)[4][Lanes]) {
+[[gnu::always_inline]] GK_HOST_DEVICE inline void philox(uint32_t c0, const uint32_t (&c1)[Lanes],
+                                                         const uint32_t (&c2)[Lanes], uint32_t c3, uint64_t seed,
+                                                         uint32_t (&words)[4][Lanes]) {
   constexpr uint64_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
   constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
   for (int l = 0; l < Lanes; ++l) {

@@ -78,8 +78,7 @@ GK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generi
 
 // 16 bytes from global to shared memory, both aligned to 16; zeros, and nothing is read, where not `valid`.
 GK_DEVICE void copy_async_16(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
 GK_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

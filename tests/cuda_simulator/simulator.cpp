@@ -157,8 +157,8 @@ void advance_what_is_in_flight(bool nobody_ran) {
 }
 
 std::string where() {
-  return "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) +
-         ")";
+  return "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
+         std::to_string(blockIdx.z) + ")";
 }
 
 std::string deadlock() {

@@ -53,13 +53,13 @@ struct InFlight {
 int64_t start(std::function<void()> happen, int longest_delay);
 void finish(int64_t number);
 
-int thread();        // of the block
-int lane();          // of the warp
-int random(int n);   // in [0, n)
-char* shared();      // dynamic shared memory of the block
+int thread();       // of the block
+int lane();         // of the warp
+int random(int n);  // in [0, n)
+char* shared();     // dynamic shared memory of the block
 size_t shared_bytes();
 int64_t block_barriers();  // how often all threads have met at __syncthreads
-int64_t& progress();  // counts events; whoever lets another thread go on adds one
+int64_t& progress();       // counts events; whoever lets another thread go on adds one
 
 // `bytes` at `p` must lie in shared memory at a multiple of `alignment`.
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what);

@@ -441,8 +441,9 @@ std::string flash_attention_cuda_path(const TensorRef& q, const TensorRef& k, co
 GK_OP(flash_attention, genai_kernels::flash_attention,
       "(Tensor q, Tensor k, Tensor v, " GK_ATTENTION_OPTIONS ") -> (Tensor out, Tensor lse, Tensor softmax_state)")
 GK_OP(flash_attention_bwd, genai_kernels::flash_attention_bwd,
-      "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? softmax_state, "
-      GK_ATTENTION_OPTIONS ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
+      "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? "
+      "softmax_state, " GK_ATTENTION_OPTIONS
+      ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
 GK_DIRECT(flash_attention_output, genai_kernels::flash_attention_output)
 GK_DIRECT(flash_attention_lse, genai_kernels::flash_attention_lse)
 
