@@ -30,6 +30,7 @@ struct Backward {
   // C and D of a step lie in registers beside the sums: what is left of 255 for them.
   static constexpr int kStep = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
   static constexpr int kUnrolled = kDim > 128 ? 2 : kDim > 64 ? 4 : kDim / 16;
+  static constexpr int kCopies = kDim > 128 ? 2 : 4;
   static constexpr int kRowBytes = 2 * kRows * kDim * int(sizeof(T));
   static constexpr int kStageBytes = 2 * kStep * kDim * int(sizeof(T)) + 4 * kStep * int(sizeof(float));
   static constexpr int kScratchBytes = kExtras ? 2 * kRows * kStep * int(sizeof(float)) : 0;
@@ -99,8 +100,8 @@ struct BackwardBlock {
     const HeadsView &first = C::kOfKeys ? p.q : p.k, &second = C::kOfKeys ? p.dout : p.v;
     const int64_t token = (C::kOfKeys ? s.query_begin : s.key_begin) + at;
     const int count = (C::kOfKeys ? s.queries : s.keys) - at;
-    load_tile<C::kStep, C::kThreads>(b(n, 0), first, s.batch, token, head, count, int(p.head_dim));
-    load_tile<C::kStep, C::kThreads>(b(n, 1), second, s.batch, token, head, count, int(p.value_dim));
+    load_tile<C::kStep, C::kThreads, C::kCopies>(b(n, 0), first, s.batch, token, head, count, int(p.head_dim));
+    load_tile<C::kStep, C::kThreads, C::kCopies>(b(n, 1), second, s.batch, token, head, count, int(p.value_dim));
     if constexpr (C::kOfKeys) load_factors<C::kStep>(p, s, head, at, C::kThreads, factors(n));
     copy_async_commit();
   }
@@ -204,8 +205,8 @@ struct BackwardBlock {
     if (visit.begin >= visit.end) return;
     const HeadsView &first = C::kOfKeys ? p.k : p.q, &second = C::kOfKeys ? p.v : p.dout;
     const int64_t token = (C::kOfKeys ? s.key_begin : s.query_begin) + t.begin;
-    load_tile<C::kRows, C::kThreads>(a(0), first, s.batch, token, t.head, t.count, int(p.head_dim));
-    load_tile<C::kRows, C::kThreads>(a(1), second, s.batch, token, t.head, t.count, int(p.value_dim));
+    load_tile<C::kRows, C::kThreads, C::kCopies>(a(0), first, s.batch, token, t.head, t.count, int(p.head_dim));
+    load_tile<C::kRows, C::kThreads, C::kCopies>(a(1), second, s.batch, token, t.head, t.count, int(p.value_dim));
     if constexpr (!C::kOfKeys) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) row[half] = row_factors(p, s, t.head, row_at(half));

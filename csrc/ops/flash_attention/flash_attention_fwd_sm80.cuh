@@ -20,8 +20,8 @@ struct Forward {
   // and shared memory, which one tile keeps as busy as the tensor cores, is no limit.
   static constexpr int kTiles = kDim <= 128 && !kExtras ? 2 : 1;
   static constexpr int kRows = 16 * kTiles * kWarps;
-  // Keys of a step: S of them lies in registers beside O. With 64 of dim 256, Q, K and V are 96 KiB, what every card has.
-  static constexpr int kKeys = (kExtras ? kDim > 128 : kTiles == 2 && kDim > 64) ? 32 : 64;
+  // Keys of a step: S of them lies in registers beside O.
+  static constexpr int kKeys = (kExtras ? kDim > 128 : kTiles == 2 ? kDim > 64 : kDim > 192) ? 32 : 64;
   static constexpr int kTileBytes = (kRows + 2 * kKeys) * kDim * int(sizeof(T));
   static constexpr int kSharedBytes = kTileBytes + (kExtras ? kRows * kKeys * int(sizeof(float)) : 0);
 };
@@ -46,8 +46,8 @@ struct ForwardBlock {
     return t.begin + warp_row() + 16 * tile + 8 * half + int(threadIdx.x) % 32 / 4;
   }
   GK_DEVICE void load_keys(const HeadsView& view, Memory to, int key, int dims) const {
-    load_tile<C::kKeys, C::kThreads>(to, view, t.sequence.batch, t.sequence.key_begin + key, t.head / int(p.group),
-                                     t.sequence.keys - key, dims);
+    load_tile<C::kKeys, C::kThreads, 4>(to, view, t.sequence.batch, t.sequence.key_begin + key, t.head / int(p.group),
+                                        t.sequence.keys - key, dims);
     copy_async_commit();
   }
 
@@ -146,8 +146,8 @@ struct ForwardBlock {
     if (visit.begin >= visit.end) return;
     const float unit = unit_of_exponent(p);
     const bool modified = C::kExtras && scores_are_modified(p);
-    load_tile<C::kRows, C::kThreads>(q, p.q, t.sequence.batch, t.sequence.query_begin + t.begin, t.head, t.count,
-                                     int(p.head_dim));
+    load_tile<C::kRows, C::kThreads, 4>(q, p.q, t.sequence.batch, t.sequence.query_begin + t.begin, t.head, t.count,
+                                        int(p.head_dim));
     load_keys(p.k, k, visit.begin, int(p.head_dim));
     for (int key = visit.begin; key < visit.end; key += C::kKeys) {
       copy_async_wait<0>();

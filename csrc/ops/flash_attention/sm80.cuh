@@ -43,15 +43,14 @@ GK_DEVICE_COLD void load_tile_by_elements(T* to, int rows, int dim, int threads,
 }
 
 // Starts to load tokens [token, token + count) of a head into a tile of kRows; zeros in all other places. Asynchronous
-// where the memory is aligned.
-template <int kRows, int kThreads, class T, int kDim>
+// where the memory is aligned. kUnrolled: copies whose addresses are in registers at once.
+template <int kRows, int kThreads, int kUnrolled, class T, int kDim>
 GK_DEVICE void load_tile(TileMemory<T, kDim> to, const HeadsView& view, int64_t batch, int64_t token, int head,
                          int count, int dims) {
   constexpr int kChunks = TileMemory<T, kDim>::kChunks;
   const T* from = token_at<T>(view, batch, token, head);
   if (!is_aligned<T>(view, dims))
     return load_tile_by_elements<T>(to.data, kRows, kDim, kThreads, from, view.token, view.dim, count, dims);
-  constexpr int kUnrolled = kDim > 128 ? 2 : 4;  // addresses in registers, beside the sums
 #pragma unroll kUnrolled
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, c = i % kChunks;
