@@ -27,8 +27,12 @@ demo: library-run  ## train the character LM with our kernels and with eager, co
 dev: library-dev  ## an environment to work in
 	@echo "ready: source .venv/bin/activate"
 
+# Those of the GPU kernels run in processes of one thread each: the simulator, Triton's interpreter and compilers.
+GPU_TESTS := $(wildcard tests/test_cuda_*.py tests/test_hopper_*.py tests/test_triton*.py)
+PYTEST = $(PY) -m pytest -m "not slow" $(if $(OP),--op=$(OP))
 test: library-dev  ## the test suite
-	$(PY) -m pytest --ignore=tests/packaging -m "not slow" $(if $(OP),--op=$(OP)) $(ARGS)
+	$(PYTEST) --ignore=tests/packaging $(addprefix --ignore=,$(GPU_TESTS)) $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist loadgroup $(GPU_TESTS) || [ $$? = 5 -a -n "$(OP)" ]
 
 exhaustive: library-dev  ## every non-positive float through exp, on every instruction set: a few minutes
 	$(PY) -m pytest -m slow tests/ops $(ARGS)

@@ -3,6 +3,7 @@
 GENAI_KERNELS_CUDA=auto (the default): with nvcc if there is one; 0: without; 1: a missing nvcc is an error.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -73,7 +74,14 @@ def compile_one(nvcc: str, source: Path, root: Path, folder: Path) -> Path:
 
 
 def compile_all(nvcc: str, root: Path, folder: Path) -> list[Path]:
-    """The objects of every .cu file."""
+    """The objects of every .cu file. One process at a time; the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _compile_all(nvcc, root, folder)
+
+
+def _compile_all(nvcc: str, root: Path, folder: Path) -> list[Path]:
     sources = sorted((root / "csrc").rglob("*.cu"), key=lambda p: -p.stat().st_size)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         return list(pool.map(lambda s: compile_one(nvcc, s, root, folder), sources))

@@ -11,6 +11,7 @@ from test_cuda_build import objects  # noqa: F401  the fixture: the .cu files ar
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/cuda_library"
+pytestmark = pytest.mark.xdist_group("cuda library")  # built once
 LOAD = ROOT / "tests/cuda_simulator/load.py"  # puts any library in the place of genai_kernels._C
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter: the accuracy of every sample, what nobody sees, and the same bits.
 
-In processes of their own, one for each of two cores: TRITON_INTERPRET decides when the kernels are defined.
+In processes of their own: TRITON_INTERPRET decides when the kernels are defined.
 """
 
 import os
@@ -13,11 +13,12 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed here")
 
 TESTS = Path(__file__).resolve().parent
-SHARDS = 2
+SHARDS = 6
 WHAT = ("test_conformance.py::test_accuracy", "test_unseen.py", "triton_bits.py")
 
 
-def test_in_the_interpreter():
+@pytest.mark.parametrize("shard", range(1, SHARDS + 1))
+def test_in_the_interpreter(shard):
     paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
         **os.environ,
@@ -27,7 +28,7 @@ def test_in_the_interpreter():
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
     }
     command = [sys.executable, "-m", "pytest", "-p", "triton_interpreter", *(str(TESTS / what) for what in WHAT)]
-    how = {"cwd": TESTS.parent, "env": environment, "stdout": subprocess.PIPE, "text": True}
-    shards = [subprocess.Popen([*command, f"--shard={i + 1}/{SHARDS}"], **how) for i in range(SHARDS)]
-    reports = [shard.communicate()[0] for shard in shards]
-    assert [s.returncode for s in shards] == [0] * SHARDS, "\n".join(report[-4000:] for report in reports)
+    result = subprocess.run(
+        [*command, f"--shard={shard}/{SHARDS}"], cwd=TESTS.parent, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
