@@ -225,13 +225,17 @@ def fallbacks() -> dict[str, int]:
     return dict(_fallbacks)
 
 
-@torch.compiler.assume_constant_result
 def note_fallback(op: str, choice: Choice) -> None:
     """Counts a fallback, or refuses it in strict mode."""
     text = f"{op}: {'; '.join(f'not {name}: {reason}' for name, reason in choice.rejected.items())}"
     if strict:
         raise NotImplementedError(f"genai_kernels.{op}: strict: expected a kernel, got a fallback to PyTorch: {text}")
     _fallbacks[text] += 1
+
+
+# What torch.compiler.assume_constant_result does, without the import of all of torch._dynamo: a call that is traced is
+# counted, and refused, while it is.
+note_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @atexit.register

@@ -170,3 +170,17 @@ def test_an_entry_is_void_once_its_sources_change(monkeypatch, tmp_path):
         test_what_is_called_proven_ran_from_these_sources()
     proven.accept("12.0", {"triton": ["rms_norm"]})
     assert json.loads(table.read_text())["proven"]["triton"]["rms_norm"] == ["12.0"]
+
+
+def test_a_traced_fallback_is_counted():
+    choice = backends.Choice("reference", "", {"cuda": "unproven"})
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def traced(x):
+        backends.note_fallback("rms_norm", choice)
+        return x + 1
+
+    before = sum(gk.fallbacks().values())
+    traced(torch.ones(2))
+    assert sum(gk.fallbacks().values()) > before
+    backends._fallbacks.clear()
