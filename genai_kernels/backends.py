@@ -80,6 +80,11 @@ def built_with_cuda() -> bool:
     return "\ncuda=0" not in torch.ops.genai_kernels.build_info()
 
 
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 # ---- what has been proven ----
 
 PROVEN = Path(__file__).with_name("proven.json")
@@ -124,7 +129,7 @@ def _why_no_kernel(backend: str, op: str, capability: tuple[int, int], dtype: to
         if not CUDA_FROM <= capability <= CUDA_TO:
             return f"its machine code is for compute capabilities 8.0 to 9.0, this card has {card}"
         return ""
-    if not importlib.util.find_spec("triton"):
+    if not has_triton():
         return "triton is not installed; pip install triton"
     if capability < TRITON_FROM:
         return f"it needs compute capability 8.0, this card has {card}"

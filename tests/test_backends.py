@@ -29,7 +29,7 @@ def world(monkeypatch):
             table.setdefault(backend, {}).setdefault(op, []).append(capability)
         monkeypatch.setattr(backends, "built_with_cuda", lambda: cuda)
         monkeypatch.setattr(backends, "proven", lambda: table)
-        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: triton or None)
+        monkeypatch.setattr(backends, "has_triton", lambda: triton)
         monkeypatch.setattr(backends, "capability_of", lambda device: HOPPER)
         backends.on_cuda.cache_clear()
         backends._kernel_on_cuda.cache_clear()
