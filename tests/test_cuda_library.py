@@ -64,6 +64,24 @@ for name in sorted(torch._C._dispatch_get_all_op_names()):
     assert len(run(library, program).split()) >= 25
 
 
+def test_which_kernels_attention_takes(library):
+    program = """
+import torch
+from genai_kernels import backends
+from genai_kernels.ops.flash_attention import path
+for capability in ((8, 0), (9, 0)):
+    backends.capability_of = lambda device: capability
+    for dtype in (torch.bfloat16, torch.float32):
+        q = torch.randn(1, 64, 2, 64, dtype=dtype)
+        print(path._cuda_path(q, q, q, None, None, causal=True))
+        print(path._cuda_path(q, q, q, None, None, dropout_p=0.5))
+"""
+    found = run(library, program).splitlines()
+    ampere, hopper, simt = "sm_80 (cp.async, mma.sync)", "sm_90a (TMA, wgmma)", "one warp for a row, in float32"
+    pairs = [(ampere, ampere)] * 2 + [(simt, simt)] * 2 + [(hopper, hopper), (hopper, ampere)] + [(simt, simt)] * 2
+    assert found == [f"forward: {forward}; backward: {backward}" for forward, backward in pairs]
+
+
 def test_it_needs_no_cuda_library(library):
     """CUDA's runtime is inside and private; torch's current stream is bound where torch has CUDA."""
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
