@@ -60,7 +60,9 @@ def test_no_spills_and_no_serialised_products(objects, source):
     kernels = kernels_of(report)
     assert kernels
     assert {card for _, card, *_ in kernels} == ({"sm_90a"} if source.stem.endswith("_sm90") else {"sm_80", "sm_90a"})
-    spilled = [k for k in kernels if any(k[2:5])]
+    # the frame of a call that is hardly ever made (simt.cuh's repair of a row) is allowed; an array that is indexed at run
+    # time, which would lie in memory too, is larger
+    spilled = [k for k in kernels if k[2] > 64 or any(k[3:5])]
     assert spilled == [], "kernel, card, stack, spill stores, spill loads, registers"
     assert re.findall(r"C75(?:08|1\d)\b.*", report) == []
 
