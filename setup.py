@@ -69,9 +69,9 @@ def extension_arguments() -> dict:
 
     class Build(BuildExtension.with_options(use_ninja=True)):
         def build_extensions(self):
-            import cuda
+            import cuda_build
 
-            cuda.add_to(extension, ROOT, ROOT / "build/cuda")
+            cuda_build.add_to(extension, ROOT, ROOT / "build/cuda")
             super().build_extensions()
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

@@ -1,6 +1,7 @@
 """Every CUDA kernel compiled by nvcc, and what ptxas and the machine code say of it. No GPU is needed.
 
-The objects are kept in build/cuda, which `python build_backend/cuda.py` fills too; only what changed is compiled again.
+The objects are kept in build/cuda, which `python build_backend/cuda_build.py` fills too; only what changed is compiled
+again.
 """
 
 import importlib.util
@@ -23,14 +24,13 @@ each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 @pytest.fixture(scope="session")
 def objects():
     """Of every .cu file."""
-    spec = importlib.util.spec_from_file_location("build_backend_cuda", ROOT / "build_backend/cuda.py")
+    spec = importlib.util.spec_from_file_location("build_backend_cuda", ROOT / "build_backend/cuda_build.py")
     cuda = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cuda)
     nvcc = cuda.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc is found: nothing of the CUDA build is checked")
-    return dict(zip(sorted(SOURCES, key=lambda p: -p.stat().st_size), cuda.compile_all(nvcc, ROOT, ROOT / "build/cuda"),
-                    strict=True))  # fmt: skip
+    return cuda.compile_all(nvcc, ROOT, ROOT / "build/cuda")
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +60,8 @@ def test_no_spills_and_no_serialised_products(objects, source):
     kernels = kernels_of(report)
     assert kernels
     assert {card for _, card, *_ in kernels} == ({"sm_90a"} if source.stem.endswith("_sm90") else {"sm_80", "sm_90a"})
-    # the frame of a call that is hardly ever made (simt.cuh's repair of a row) is allowed; an array that is indexed at run
-    # time, which would lie in memory too, is larger
+    # the frame of a call that is hardly ever made (simt.cuh's repair of a row) is allowed; an array that is indexed at
+    # run time, which would lie in memory too, is larger
     spilled = [k for k in kernels if k[2] > 64 or any(k[3:5])]
     assert spilled == [], "kernel, card, stack, spill stores, spill loads, registers"
     assert re.findall(r"C75(?:08|1\d)\b.*", report) == []

@@ -94,7 +94,7 @@ def test_it_needs_no_cuda_library(library):
 
 def test_without_nvcc():
     """Without: one line, or an error where it was insisted on."""
-    program = "import sys; sys.path.insert(0, 'build_backend'); import cuda; print(cuda.find_nvcc())"
+    program = "import sys; sys.path.insert(0, 'build_backend'); import cuda_build; print(cuda_build.find_nvcc())"
     bare = {**os.environ, "PATH": "/nowhere", "CUDA_HOME": "", "CUDA_PATH": ""}
     hide = "import os; join = os.path.join; os.path.join = lambda *p: join(*p).replace('/usr/local/cuda', '/nowhere')"
     for wanted, code, text in (("auto", 0, "CPU kernels only"), ("0", 0, "left out"), ("1", 1, "but there is no nvcc")):

@@ -73,18 +73,20 @@ def compile_one(nvcc: str, source: Path, root: Path, folder: Path) -> Path:
     return target
 
 
-def compile_all(nvcc: str, root: Path, folder: Path) -> list[Path]:
-    """The objects of every .cu file. One process at a time; the others wait."""
+def compile_all(nvcc: str, root: Path, folder: Path) -> dict[Path, Path]:
+    """.cu file -> its object. One process at a time; the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return _compile_all(nvcc, root, folder)
 
 
-def _compile_all(nvcc: str, root: Path, folder: Path) -> list[Path]:
-    sources = sorted((root / "csrc").rglob("*.cu"), key=lambda p: -p.stat().st_size)
+def _compile_all(nvcc: str, root: Path, folder: Path) -> dict[Path, Path]:
+    # the longest first, so that no compiler runs alone at the end: most templates are in the matrix kernels
+    sources = sorted((root / "csrc").rglob("*.cu"), key=lambda p: (not re.search(r"_sm\d\d", p.stem), p))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        return list(pool.map(lambda s: compile_one(nvcc, s, root, folder), sources))
+        objects = pool.map(lambda s: compile_one(nvcc, s, root, folder), sources)
+        return dict(zip(sources, objects, strict=True))
 
 
 def library_folders(nvcc: str) -> list[str]:
@@ -103,7 +105,7 @@ def add_to(extension, root: Path, folder: Path) -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         return
-    extension.extra_objects += map(str, compile_all(nvcc, root, folder))
+    extension.extra_objects += map(str, compile_all(nvcc, root, folder).values())
     extension.include_dirs += include_folders(nvcc)
     extension.library_dirs += library_folders(nvcc)
     extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
@@ -111,7 +113,7 @@ def add_to(extension, root: Path, folder: Path) -> None:
     extension.extra_link_args.append("-Wl,--exclude-libs,ALL")  # the runtime stays private to this library
 
 
-if __name__ == "__main__":  # python build_backend/cuda.py: compile only
+if __name__ == "__main__":  # python build_backend/cuda_build.py: compile only
     here = Path(__file__).resolve().parents[1]
     found = find_nvcc()
     if found is not None:
