@@ -14,5 +14,4 @@ DEFAULT = Path(__file__).resolve().parents[2] / "build/cuda_simulator/_C.abi3.so
 spec = importlib.util.spec_from_file_location("genai_kernels._C", os.environ.get("CUDA_SIMULATOR_LIBRARY", DEFAULT))
 assert spec is not None
 assert spec.loader is not None
-sys.setdlopenflags(os.RTLD_LAZY)  # a room may not have all its CUDA kernels yet
 sys.modules["genai_kernels._C"] = importlib.util.module_from_spec(spec)

@@ -55,7 +55,7 @@ class Environment:
             "PIP_FIND_LINKS": str(wheelhouse),
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "PYTHONUNBUFFERED": "1",
-            "GENAI_KERNELS_CUDA": "0",  # tests/test_cuda_build.py builds with CUDA, once
+            "GENAI_KERNELS_CUDA": "0",  # tests/test_cuda_library.py builds with CUDA, once
         }
 
     def run(self, *arguments, cwd=None, fails=False):
