@@ -62,7 +62,7 @@ def compile_one(nvcc: str, source: Path, root: Path, folder: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     depfile, report = target.with_suffix(".d"), target.with_suffix(".ptxas")
     if target.exists() and depfile.exists():
-        parts = depfile.read_text().replace("\\\n", " ").split()[1:]
+        parts = depfile.read_text().replace("\\\n", " ").partition(":")[2].split()
         if all(os.path.exists(p) and os.path.getmtime(p) <= target.stat().st_mtime for p in parts):
             return target
     command = [nvcc, *flags(source, root), "-MD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]

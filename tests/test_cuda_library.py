@@ -1,5 +1,6 @@
 """The library as setup.py builds it with CUDA kernels: it works in a torch without CUDA, and its parts are there."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -11,7 +12,6 @@ from test_cuda_build import objects  # noqa: F401  the fixture: the .cu files ar
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/cuda_library"
-pytestmark = pytest.mark.xdist_group("cuda library")  # built once
 LOAD = ROOT / "tests/cuda_simulator/load.py"  # puts any library in the place of genai_kernels._C
 
 
@@ -19,7 +19,10 @@ LOAD = ROOT / "tests/cuda_simulator/load.py"  # puts any library in the place of
 def library(objects):  # noqa: F811
     environment = {**os.environ, "GENAI_KERNELS_CUDA": "1"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", FOLDER / "temp", "--build-lib", FOLDER]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:  # of several processes one compiles, and the others find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(r"genai_kernels: CUDA: nvcc \d+\.\d+ at .*: sm_80, sm_90a and PTX", done.stderr)
     return FOLDER / "genai_kernels/_C.abi3.so"
@@ -55,7 +58,7 @@ import torch
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 for name in sorted(torch._C._dispatch_get_all_op_names()):
     space, _, op = name.partition("::")
-    if space == "genai_kernels" and has(name, "CPU"):
+    if space == "genai_kernels" and has(name, "CPU") and not op.startswith("measure_"):  # those measure the machine
         assert has(f"genai_kernels_cuda::{op}", "CUDA"), op
         one, other = (getattr(getattr(torch.ops, s), op).default._schema for s in (space, space + "_cuda"))
         assert str(one).replace("genai_kernels::", "") == str(other).replace("genai_kernels_cuda::", "")
