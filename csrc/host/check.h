@@ -61,6 +61,8 @@ inline const char* dtype_name(ScalarType type) {
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Char:
+      return "int8";
     default:
       return "another dtype";
   }

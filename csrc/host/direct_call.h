@@ -174,10 +174,13 @@ struct Function {
 
 // `schema` without the name. With CUDA in the build the same host function serves the CUDA tensors of
 // `genai_kernels_cuda::<name>`, which genai_kernels/backends.py chooses, or does not, for a call of the first.
-#define GK_OP(name, host, schema)                                                          \
+#define GK_OP(name, host, schema) \
+  GK_CPU_OP(name, host, schema)   \
+  GK_CUDA_OP(name, host, schema)
+// The same for an op without CUDA C++ kernels.
+#define GK_CPU_OP(name, host, schema)                                                      \
   STABLE_TORCH_LIBRARY_FRAGMENT(genai_kernels, m) { m.def(#name schema); }                 \
   STABLE_TORCH_LIBRARY_IMPL(genai_kernels, CPU, m) { m.impl(#name, GK_DISPATCHED(host)); } \
-  GK_CUDA_OP(name, host, schema)                                                           \
   GK_DIRECT(name, host)
 #ifdef GENAI_KERNELS_CUDA
 #define GK_CUDA_OP(name, host, schema)                                          \

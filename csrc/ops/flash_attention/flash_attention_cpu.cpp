@@ -19,6 +19,7 @@
 #include "cpu/tanh.h"
 #include "cpu/tile_gemm.h"
 #include "cpu/transpose.h"
+#include "cpu/attention_pack.h"
 #include "ops/flash_attention/tile.h"
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
@@ -69,10 +70,6 @@ struct ForwardScratch {
   }
 };
 
-// How exactly a probability is computed: enough for results of 16 bits; for float32, with the scale and log2(e) in one
-// factor; or for scores that took a pass of their own anyway, without the rounding of that factor.
-enum class Exponential { coarse, fine, finest };
-
 // Probabilities of one step, in place: s[keys][lanes] to words [keys / kPerWord][lanes]. alpha is the factor for what was
 // summed under the old maximum; `unit` takes s to exponents of 2 (of e for finest). The maximum is subtracted before: the largest
 // probability is exactly 1, and scores as large as floats get do not overflow.
@@ -83,10 +80,7 @@ template <class P, Exponential Kind>
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>, kSize = kTileQueries<C>;
   const Vec<C> by = broadcast(unit);
-  const auto exponential = [&](Vec<C> x) GK_LAMBDA_INLINE {
-    if constexpr (Kind == Exponential::finest) return exp_nonpositive(x);
-    return exp2_nonpositive<Kind == Exponential::fine>(x * by);
-  };
+  const auto exponential = [&](Vec<C> x) GK_LAMBDA_INLINE { return probability_of<Kind>(x, by); };
   Vec<C> most[kTileVectors], offset[kTileVectors], sum[4][kTileVectors];  // four chains: half the error of one
   for (int j = 0; j < kTileVectors; ++j) {
     most[j] = max(state.max[j], tile_max[j]);

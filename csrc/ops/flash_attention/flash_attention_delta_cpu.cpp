@@ -11,6 +11,7 @@
 #include "cpu/tanh.h"
 #include "cpu/tile_gemm.h"
 #include "cpu/transpose.h"
+#include "cpu/attention_pack.h"
 #include "ops/flash_attention/tile.h"
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
