@@ -68,15 +68,15 @@ def generate(model: Llama, prompt: torch.Tensor, max_new_tokens: int, *, cached:
     if not length:
         raise ValueError("generate: prompt: expected at least one token")
     ends = torch.tensor(sorted(model.config.ends), dtype=torch.int64, device=prompt.device)
-    cache = ContiguousCache(model, batch, length + max_new_tokens)
+    cache = ContiguousCache(model, batch, length + max_new_tokens) if cached else None
     text, new = prompt, prompt
     while text.shape[1] < length + max_new_tokens:
-        tokens = new.shape[1] if cached else text.shape[1]
+        tokens = text.shape[1] if cache is None else new.shape[1]
         last = torch.arange(1, batch + 1, device=prompt.device) * tokens - 1
-        if cached:
-            logits = model(new.flatten(), cache.positions(tokens), cache, logits_of=last)
-        else:
+        if cache is None:
             logits = model(text, logits_of=last)
+        else:
+            logits = model(new.flatten(), cache.positions(tokens), cache, logits_of=last)
         new = logits.argmax(dim=-1, keepdim=True)
         over = torch.isin(text[:, -1:], ends) & (text.shape[1] > length)
         new = torch.where(over, text[:, -1:], new)

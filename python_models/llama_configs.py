@@ -80,7 +80,9 @@ class Config:
             object.__setattr__(self, "head_dim", self.width // self.heads)
         for name in ("vocabulary", "layers", "width", "heads", "kv_heads", "hidden", "head_dim", "context"):
             _require(getattr(self, name) > 0, f"{name}: expected more than 0", getattr(self, name))
-        _require(self.heads % self.kv_heads == 0, f"heads: expected a multiple of kv_heads = {self.kv_heads}", self.heads)
+        _require(
+            self.heads % self.kv_heads == 0, f"heads: expected a multiple of kv_heads = {self.kv_heads}", self.heads
+        )
         _require(self.head_dim % 2 == 0, "head_dim: expected an even number, for RoPE's pairs", self.head_dim)
         _require(self.window is None or self.window > 0, "window: expected more than 0 or None", self.window)
         _require(self.rope.kind in SCALINGS, f"rope.kind: expected one of {', '.join(SCALINGS)}", self.rope.kind)
@@ -277,9 +279,7 @@ KNOWN = {
     "llama-2-70b": Config(32000, 80, 8192, 64, 8, 28672, context=4096, eps=1e-5),
     "llama-3-8b": Config(128256, 32, 4096, 32, 8, 14336, context=8192, rope_theta=5e5, eps=1e-5),
     "llama-3-70b": Config(128256, 80, 8192, 64, 8, 28672, context=8192, rope_theta=5e5, eps=1e-5),
-    "llama-3.1-8b": Config(
-        128256, 32, 4096, 32, 8, 14336, context=131072, rope_theta=5e5, rope=_LLAMA3, eps=1e-5
-    ),
+    "llama-3.1-8b": Config(128256, 32, 4096, 32, 8, 14336, context=131072, rope_theta=5e5, rope=_LLAMA3, eps=1e-5),
     "llama-3.2-1b": Config(
         128256, 16, 2048, 32, 8, 8192, context=131072, rope_theta=5e5, rope=_LLAMA32, eps=1e-5, tied=True
     ),

@@ -93,7 +93,9 @@ def _files(folder: Path) -> list[Path]:
         return [folder / n for n in sorted(set(names.values()))]
     if not (folder / SINGLE).exists():
         pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        hint = f"; {pickled[0]} is a pickle, which can run any code and is not read: convert it first" if pickled else ""
+        hint = (
+            f"; {pickled[0]} is a pickle, which can run any code and is not read: convert it first" if pickled else ""
+        )
         raise FileNotFoundError(f"llama_files: expected {SINGLE} or {INDEX} in {folder}, found neither{hint}")
     return [folder / SINGLE]
 
@@ -168,7 +170,9 @@ def load(
         for name, parts in layout(config).items():
             pieces = [tensors[part].get_tensor(part) for part, _ in parts]  # views of the mapped file
             if len({piece.dtype for piece in pieces}) > 1 and dtype is None:
-                raise ValueError(f"llama_files: {parts[0][0]}: expected one dtype with those packed beside it; set dtype")
+                raise ValueError(
+                    f"llama_files: {parts[0][0]}: expected one dtype with those packed beside it; set dtype"
+                )
             rows = sum(len(piece) for piece in pieces)
             whole = torch.empty((rows, *pieces[0].shape[1:]), dtype=dtype or pieces[0].dtype, device=device)
             for into, piece in zip(whole.split([len(piece) for piece in pieces]), pieces, strict=True):

@@ -25,6 +25,8 @@ one shape for every product, and so the same bits for any batch, at one number o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,16 +34,15 @@ from torch import nn
 BLOCK = 16  # rows: the least for which MKL's float32 product keeps its kernel on one thread
 
 
-def _onednn_takes(x: torch.Tensor) -> bool:
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+@functools.cache
+def _onednn_takes(device: str, dtype: torch.dtype) -> bool:
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if x.dtype == torch.float32:
-        return True
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return x.dtype in supported and supported[x.dtype]()
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
 
 
 def batch_invariant_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,14 +61,14 @@ def batch_invariant_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Te
         )
     rows = x.reshape(-1, x.shape[-1])
     n = len(rows)
-    if _onednn_takes(x):
-        if n == 1:  # a lone row would go to another kernel, a product of matrix and vector
-            rows = torch.cat([rows, rows])
+    if _onednn_takes(x.device.type, x.dtype):
+        if n < 2:  # a lone row would go to another kernel, a product of matrix and vector
+            rows = F.pad(rows, (0, 0, 0, 2 - n))
         y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     else:
-        rows = F.pad(rows, (0, 0, 0, -n % BLOCK))
-        y = torch.cat([F.linear(block, weight, bias) for block in rows.split(BLOCK)]) if n else rows @ weight.t()
-    return y[:n].view(*x.shape[:-1], -1)
+        rows = F.pad(rows, (0, 0, 0, -n % BLOCK if n else BLOCK))
+        y = torch.cat([F.linear(block, weight, bias) for block in rows.split(BLOCK)])
+    return y[:n].view(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):
