@@ -1,8 +1,8 @@
 """Llama and its relatives: RMSNorm, RoPE, grouped-query attention, SwiGLU, in Hugging Face's numbers.
 
-The model of Llama 1 to 3.2, TinyLlama, Mistral, Qwen2 and Qwen3, which `llama_configs.Config` tells apart; `llama_files`
-reads and writes their checkpoints. Every heavy step is a function of `genai_kernels`; the same model in plain PyTorch,
-its eager twin, is this model inside `with gk.use_backend("reference"):`.
+The model of Llama 1 to 3.2, TinyLlama, Mistral, Qwen2 and Qwen3, which `llama_configs.Config` tells apart;
+`llama_files` reads and writes their checkpoints. Every heavy step is a function of `genai_kernels`; the same model in
+plain PyTorch, its eager twin, is this model inside `with gk.use_backend("reference"):`.
 
 q, k and v are one matrix, and so are gate and up: one product instead of three and two. The files keep them apart.
 """
@@ -126,7 +126,8 @@ class Llama(nn.Module):
             self.head.weight = self.embedding.weight
         self.tables = RotaryTables(config)
         self.batch_invariant = batch_invariant
-        self._draw_weights()
+        if not self.embedding.weight.is_meta:
+            self._draw_weights()
 
     @property
     def batch_invariant(self) -> bool:

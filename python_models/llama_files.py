@@ -158,7 +158,7 @@ def load(
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: another architecture, tensors missing or too many, wrong shapes, a broken file; nothing was read yet.
+        ValueError: another architecture, tensors missing or too many, wrong shapes, a broken file.
     """
     folder = Path(folder)
     config = read_config(folder)

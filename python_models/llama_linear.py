@@ -1,26 +1,35 @@
 """The matrix product of a Llama: nn.Linear, and one whose rows do not know of each other.
 
 A served request's tokens lie in one matrix with those of its neighbours, and F.linear rounds a row in another way when
-other rows stand beside it. Measured with torch 2.13 on a CPU with AVX-512 and bf16 instructions, rows 1 to 512, widths
-192 to 4864, 1 to 4 threads, a row's bits against those it has among 512 rows on one thread:
+other rows stand beside it. Whether a row has the bits that it has among 512 rows on one thread, measured with torch
+2.13 on a CPU with AVX-512 and its bf16 instructions, 1 to 512 rows, widths 192 to 4864, 1 to 4 threads:
 
 | | float32 | bfloat16 | float16 |
 |---|---|---|---|
-| F.linear (MKL; oneDNN in 16 bits) | differ below 16 rows, and with the threads | same (*) | differ for 1 row |
-| F.linear, rows in blocks of 16, 32 or 64 | the same for any batch, differ with the threads | same | same |
-| oneDNN's inner product | differ for 1 row | same | same |
-| oneDNN's inner product, a lone row twice | same | same | same |
+| F.linear (MKL; oneDNN for 16 bits) | not below 16 rows, nor with other threads | yes (*) | not a lone row |
+| F.linear in blocks of 16, 32 or 64 rows | not with other threads | yes (*) | yes |
+| oneDNN's inner product | not a lone row | yes | yes |
+| oneDNN's inner product, a lone row in two | yes | yes | yes |
 
-(*) not with AVX-512 without its bf16 instructions, where it differs with the threads.
+(*) not on a CPU with AVX-512 without its bf16 instructions, where threads change the bits.
 
-So the remedy is oneDNN's inner product for every dtype that it has on this CPU, at least two rows at a time. It sums in
-one order for all rows, blocks of k one after the other. Its time beside F.linear, on one thread: float32 4.0x for one row
-of a small matrix (192 x 1024, 19 us), 2.0x for one or two rows of a large one (2048 x 2048), 0.8x to 1.1x from 4 rows
-on and 1.0x to 1.1x for 512; bfloat16 1.2x for one row of a large matrix and 1.0x otherwise. In blocks of 16 rows F.linear
-takes 1.1x to 4.2x for large matrices in float32. Its error at k = 2048 is twice that of MKL, which adds up several partial sums.
+So the remedy is oneDNN's inner product, for every dtype that it has on this CPU, at least two rows at a time. Its time
+beside F.linear's on one thread:
 
-Where oneDNN has no such product (float64, other devices) rows go in blocks of 16 through F.linear, padded with zeros:
-one shape for every product, and so the same bits for any batch, at one number of threads.
+| rows | float32, 192 x 1024 | float32, 2048 x 2048 | bfloat16, 192 x 1024 | bfloat16, 2048 x 2048 |
+|---|---|---|---|---|
+| 1 | 4.0x (of 19 us) | 2.1x | 1.0x | 1.2x |
+| 2 | 4.9x | 2.0x | 1.0x | 1.0x |
+| 4 to 16 | 2.7x to 1.5x | 1.0x to 0.8x | 1.0x | 1.0x to 1.1x |
+| 32, 64 | 1.5x, 1.2x | 0.9x | 1.0x | 1.0x |
+| 512 | 1.2x | 1.1x | 1.0x | 1.0x |
+
+Blocks of 16 rows through F.linear would take 1.0x to 4.2x at 2048 x 2048 in float32, 2.6x for 512 rows. oneDNN makes a
+kernel for each number of rows when it first comes, half a millisecond. In float32 it adds up a row's products in one
+sum where MKL has several: its error at width 2048 is twice that of MKL, at 192 the same.
+
+Where oneDNN has no such product (float64, another device) rows go in blocks of 16 through F.linear, padded with zeros:
+one shape for every product, and so the same bits in any batch, at one number of threads.
 """
 
 from __future__ import annotations

@@ -110,7 +110,8 @@ def test_loading_takes_the_memory_of_the_model(tmp_path):
         size = 2 * sum(w.numel() for w in Llama(config).parameters())
     assert size > 40e6
     model = Llama(config).to(torch.bfloat16)
-    llama_files.save(model, tmp_path)
+    llama_files.save(model, tmp_path / "large")
+    llama_files.save(tiny(), tmp_path / "tiny")
     program = """
         import re, sys, threading, time
         from pathlib import Path
@@ -118,6 +119,7 @@ def test_loading_takes_the_memory_of_the_model(tmp_path):
         from python_models import llama_files
         def anonymous():
             return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        llama_files.load(sys.argv[2])  # what PyTorch imports for its first module on the meta device is not the weights
         before, most, over = anonymous(), 0, False
         def watch():
             global most
@@ -132,11 +134,11 @@ def test_loading_takes_the_memory_of_the_model(tmp_path):
         print(max(most, anonymous() - before))
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).resolve().parents[2],
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "large"), str(tmp_path / "tiny")],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[2],
     )  # fmt: skip
     assert size <= int(run.stdout) + 2**20
-    assert int(run.stdout) <= 1.1 * size + 2**24
+    assert int(run.stdout) <= 1.05 * size + 2**22
 
 
 # ---- config.json ----
@@ -272,7 +274,7 @@ def test_broken_files(tmp_path):
     whole = (tmp_path / "model.safetensors").read_bytes()
     for broken in (b"", whole[:5], whole[:200], whole[:-1], b"\xff" * 64, whole + b"more"):
         (tmp_path / "model.safetensors").write_bytes(broken)
-        with pytest.raises(ValueError, match="model.safetensors: expected a whole safetensors file"):
+        with pytest.raises(ValueError, match=r"model.safetensors: expected a whole safetensors file"):
             llama_files.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: expected JSON"):
@@ -287,9 +289,7 @@ def test_files_that_are_not_there(tmp_path):
         llama_files.load(tmp_path)
     llama_files.save(tiny(), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        FileNotFoundError, match=r"pytorch_model.bin is a pickle, which can run any code and is not read"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin is a pickle, which can run any code"):
         llama_files.load(tmp_path)
 
 
