@@ -64,7 +64,7 @@ class Attention(nn.Module):
         config = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, config.head_dim))
         qk, v = qkv.split([config.heads + config.kv_heads, config.kv_heads], dim=-2)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([config.heads, config.kv_heads], dim=-2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=-2)
         # q and k lie side by side: both are rotated in one call
@@ -106,6 +106,10 @@ class Layer(nn.Module):
         return self.mlp(x), residual
 
 
+def _rows(x, which):
+    return x.reshape(-1, x.shape[-1]).index_select(0, which)
+
+
 class Llama(nn.Module):
     """`Llama(config)`: tokens to logits.
 
@@ -141,11 +145,13 @@ class Llama(nn.Module):
 
     def _draw_weights(self) -> None:
         """As large as keeps the variance; the last product of each part 0, so that every layer begins as identity."""
-        for layer in self.layers:
-            for linear in (layer.attention.qkv, layer.mlp.gate_up):
-                nn.init.normal_(linear.weight, std=self.config.width**-0.5)
-            for linear in (layer.attention.out, layer.mlp.down):
-                nn.init.zeros_(linear.weight)
+        for part in self.modules():
+            if isinstance(part, Attention):
+                nn.init.normal_(part.qkv.weight, std=self.config.width**-0.5)
+                nn.init.zeros_(part.out.weight)
+            elif isinstance(part, GatedMLP):
+                nn.init.normal_(part.gate_up.weight, std=self.config.width**-0.5)
+                nn.init.zeros_(part.down.weight)
         if not self.config.tied:
             nn.init.normal_(self.head.weight, std=self.config.width**-0.5)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -182,7 +188,7 @@ class Llama(nn.Module):
         for layer in self.layers:
             x, residual = layer(x, residual, tables, positions, cache)
         if logits_of is not None:
-            x, residual = (t.flatten(0, -2).index_select(0, logits_of) for t in (x, residual))
+            x, residual = _rows(x, logits_of), _rows(residual, logits_of)
         x, _ = gk.fused_add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
         return self.head(x)
 

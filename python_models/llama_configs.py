@@ -177,7 +177,7 @@ def _rope(found: Mapping[str, Any]) -> tuple[float, RopeScaling]:
         )
     if given.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("config.json: partial_rotary_factor: expected 1, all of a head is rotated here")
-    wanted = {
+    wanted: dict[str, str] = {
         "default": {},
         "linear": {"factor": "factor"},
         "llama3": {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"},
@@ -185,7 +185,8 @@ def _rope(found: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     missing = [theirs for theirs in wanted.values() if theirs not in given]
     if missing:
         raise ValueError(f"config.json: rope_type {kind!r}: expected {', '.join(missing)} beside it, got {given}")
-    scaling = RopeScaling(kind, **{ours: float(given[theirs]) for ours, theirs in wanted.items()})
+    sizes: dict[str, Any] = {ours: float(given[theirs]) for ours, theirs in wanted.items()}
+    scaling = RopeScaling(kind, **sizes)
     if kind == "llama3":
         before = given.get("original_max_position_embeddings") or found.get("max_position_embeddings", 2048)
         scaling = dataclasses.replace(scaling, original_context=int(before))
@@ -271,7 +272,7 @@ def to_hf(config: Config) -> dict[str, Any]:
 
 _LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 _LLAMA32 = dataclasses.replace(_LLAMA3, factor=32.0)
-_QWEN = {"family": "qwen2", "qkv_bias": True, "rope_theta": 1e6, "context": 32768}
+_QWEN: dict[str, Any] = {"family": "qwen2", "qkv_bias": True, "rope_theta": 1e6, "context": 32768}
 # As published in each model's config.json. vocabulary, layers, width, heads, kv_heads, hidden
 KNOWN = {
     "llama-2-7b": Config(32000, 32, 4096, 32, 32, 11008, context=4096, eps=1e-5),
