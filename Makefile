@@ -24,7 +24,7 @@ library-run library-dev: library-%: venv-%
 demo: library-run  ## train the character LM with our kernels and with eager, compare, plot, report
 	$(PY) -m genai_kernels demo $(ARGS)
 
-llama: library-run  ## train the small Llama of python_models/checkpoints on the standard library: ten to fifteen minutes
+llama: library-run  ## train the small Llama of python_models/checkpoints on the standard library: a quarter of an hour
 	$(PY) -m python_models.llama_train $(ARGS)
 
 dev: library-dev  ## an environment to work in
