@@ -24,6 +24,9 @@ library-run library-dev: library-%: venv-%
 demo: library-run  ## train the character LM with our kernels and with eager, compare, plot, report
 	$(PY) -m genai_kernels demo $(ARGS)
 
+llama: library-run  ## train the small Llama of python_models/checkpoints on the standard library: a quarter of an hour
+	$(PY) -m python_models.llama_train $(ARGS)
+
 dev: library-dev  ## an environment to work in
 	@echo "ready: source .venv/bin/activate"
 
@@ -69,4 +72,4 @@ clean:  ## everything that was made here
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv-run venv-dev library-run library-dev demo dev test exhaustive packaging device-artefacts bench check format fuzz mutants clean
+.PHONY: help venv-run venv-dev library-run library-dev demo llama dev test exhaustive packaging device-artefacts bench check format fuzz mutants clean
