@@ -126,6 +126,8 @@ def _why_no_kernel(backend: str, op: str, capability: tuple[int, int], dtype: to
     if backend == "cuda":
         if not built_with_cuda():
             return "this library was built without CUDA kernels"
+        if not _has_kernel(op, "genai_kernels_cuda"):
+            return "it has no kernel in CUDA C++"
         if not CUDA_FROM <= capability <= CUDA_TO:
             return f"its machine code is for compute capabilities 8.0 to 9.0, this card has {card}"
         return ""
@@ -134,6 +136,14 @@ def _why_no_kernel(backend: str, op: str, capability: tuple[int, int], dtype: to
     if capability < TRITON_FROM:
         return f"it needs compute capability 8.0, this card has {card}"
     return ""
+
+
+def _has_kernel(op: str, namespace: str) -> bool:
+    """True if the library registered a CUDA kernel for the torch op behind a public function."""
+    from .registry import OPS
+
+    name = (OPS[op].overloads or (op,))[0] if op in OPS else op
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
 
 
 @functools.cache

@@ -179,9 +179,18 @@ def kernel(name: str) -> Callable[..., Any]:
                 return _run_on_cuda(name, *args) if args[0].is_cuda else dispatched(*args)
             if name in _functions:
                 return _functions[name].plain.apply(*args)
+            raise NotImplementedError(
+                f"genai_kernels.{_public_name(name)}: it has no gradient; call it under torch.no_grad()"
+            )
         return dispatched(*args)
 
     return call
+
+
+def written(*tensors: torch.Tensor | None) -> None:
+    """Tells autograd that these were changed in place, as the dispatcher does and a direct call does not."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
 
 
 def autograd(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
