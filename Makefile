@@ -63,6 +63,7 @@ fuzz: library-dev  ## the long run of the fuzzers: kernels under sanitizers, cal
 
 mutants: library-dev  ## planted faults, and the share of them that the tests catch
 	$(PY) -m tests.mutants $(if $(OP),--op $(OP)) $(ARGS)
+	$(if $(OP),,$(PY) tests/runtime/planted_faults.py)
 
 clean:  ## everything that was made here
 	rm -rf .venv .venv.lock build dist *.egg-info genai_kernels/_*.so demo_report .benchmarks

@@ -206,6 +206,8 @@ void add_errors(py::module_& m) {
   py::register_exception<SwappedOutError>(m, "SwappedOutError", base);
 }
 
+}  // namespace
+
 PYBIND11_MODULE(_runtime, m) {
   m.doc() = "The block allocator of csrc/runtime; use genai_kernels.kv_cache.";
   add_errors(m);
@@ -286,5 +288,4 @@ PYBIND11_MODULE(_runtime, m) {
       .def("_snapshot", [](Allocator& a) { return py::bytes(a.snapshot()); }, "For tests: the whole state.");
 }
 
-}  // namespace
 }  // namespace genai_kernels::runtime
