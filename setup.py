@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
+RUNTIME = "csrc/runtime/"
 TARGET_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10: the oldest torch the binary may meet at run time
 
 
@@ -34,6 +35,12 @@ def extension_arguments() -> dict:
     if os.environ.get("GENAI_KERNELS_SDIST") or "sdist" in sys.argv or "egg_info" in sys.argv[:2]:
         return {}
     try:
+        import pybind11
+    except ImportError as error:
+        raise SystemExit(
+            "genai_kernels: the build needs pybind11>=3: run `pip install pybind11`, then again"
+        ) from error
+    try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError as error:
         raise SystemExit(
@@ -42,12 +49,12 @@ def extension_arguments() -> dict:
     os.environ.setdefault("MAX_JOBS", str(available_jobs()))
     optimise = ["-O1", "-g", "-UNDEBUG"] if os.environ.get("GENAI_KERNELS_DEBUG") == "1" else ["-O3", "-g0"]
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-    runtime_sources = [s for s in sources if s.startswith("csrc/runtime/")]
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))  # without these as `depends`
+    # setuptools takes a library older than a changed header for up to date.
     extension = CppExtension(
         "genai_kernels._C",
-        [s for s in sources if s not in runtime_sources],
-        depends=headers,  # else setuptools takes a library older than a changed header for up to date
+        [s for s in sources if not s.startswith(RUNTIME)],
+        depends=[h for h in headers if not h.startswith(RUNTIME)],
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,  # defines Py_LIMITED_API and does not link libtorch_python
         extra_compile_args=[
@@ -70,15 +77,13 @@ def extension_arguments() -> dict:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-s"],
     )
 
-    import pybind11
-
     runtime = Extension(
         "genai_kernels._runtime",
-        runtime_sources,
-        depends=headers,
+        [s for s in sources if s.startswith(RUNTIME)],
+        depends=[h for h in headers if h.startswith(RUNTIME)],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args=[
-            *(optimise if "-O1" in optimise else ["-O2", "-g0"]),  # -O3 makes the binding longer, not faster
+            *("-O2" if flag == "-O3" else flag for flag in optimise),  # -O3 makes the binding longer, not faster
             "-std=c++20",
             "-fvisibility=hidden",
             f"-ffile-prefix-map={ROOT}/=",

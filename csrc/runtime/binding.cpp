@@ -49,8 +49,12 @@ struct Batch {
         raise(PyExc_TypeError, op, ": ", name, ": expected a Request, got ", Py_TYPE(request.ptr())->tp_name);
       }
       tokens.push_back(read_tokens(request.attr("tokens"), op, (name + ".tokens").c_str()));
-      requests.push_back({tokens.back(), make_scope(py::cast<int64_t>(request.attr("adapter_id")),
-                                                    py::cast<py::bytes>(request.attr("salt")))});
+      const py::object salt = request.attr("salt");
+      if (!py::isinstance<py::bytes>(salt)) {
+        raise(PyExc_TypeError, op, ": ", name, ".salt: expected bytes, got ", Py_TYPE(salt.ptr())->tp_name);
+      }
+      const auto adapter_id = read_ids(py::make_tuple(request.attr("adapter_id")), op, (name + ".adapter_id").c_str());
+      requests.push_back({tokens.back(), make_scope(adapter_id[0], salt)});
       total += int64_t(tokens.back().size());
     }
   }

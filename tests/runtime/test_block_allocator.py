@@ -153,6 +153,16 @@ def test_every_error_has_a_class_and_says_what_to_do():
             lambda: blocks.append_batch([seq, seq], [[1], [1]]),
             f"each sequence once, got {seq} twice",
         ),
+        (
+            TypeError,
+            lambda: blocks.allocate_batch([Request([1], 0, "a")]),
+            r"requests\[0\]\.salt: expected bytes, got str",
+        ),
+        (
+            TypeError,
+            lambda: blocks.allocate_batch([Request([1], None)]),
+            r"requests\[0\]\.adapter_id\[0\]: expected an int",
+        ),
         (TypeError, lambda: blocks.allocate_batch([[1, 2]]), r"requests\[0\]: expected a Request, got list"),
         (
             ValueError,
