@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from genai_kernels.kv_cache import BlockAllocator
 
-ROUNDS = 20
+ROUNDS = 100
 
 
 def best(run: Callable[[], object], calls: int) -> float:
@@ -28,10 +28,10 @@ def pairs() -> float:
     allocate, free, prompt = blocks.allocate, blocks.free, [1, 2, 3]
 
     def run() -> None:
-        for _ in range(50_000):
+        for _ in range(5_000):
             free(allocate(prompt))
 
-    return best(run, 50_000)
+    return best(run, 5_000)
 
 
 def decode(sequences: int) -> float:
