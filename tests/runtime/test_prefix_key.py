@@ -132,6 +132,18 @@ def test_nothing_is_found_within_a_batch():
     assert blocks.stats()["merged"] == 2
 
 
+def test_a_block_that_two_of_a_batch_find_is_counted_once():
+    """Three blocks: one cached and found by both, one new for each."""
+    blocks = BlockAllocator(3, 2)
+    seq = blocks.allocate([1, 1])
+    blocks.commit(seq)
+    blocks.free(seq)
+    batch = [Request([1, 1, 2]), Request([1, 1, 3])]
+    assert blocks.can_allocate_batch(batch)
+    assert [blocks.num_cached_tokens(s) for s in blocks.allocate_batch(batch)] == [2, 2]
+    assert blocks.stats()["shared"] == 1
+
+
 def test_least_recently_used_goes_first():
     blocks = BlockAllocator(3, 2)
     for prompt in ([1, 1], [2, 2], [3, 3]):
