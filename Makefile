@@ -66,9 +66,10 @@ fuzz: library-dev  ## the long run of the fuzzers: kernels under sanitizers, cal
 
 mutants: library-dev  ## planted faults, and the share of them that the tests catch
 	$(PY) -m tests.mutants $(if $(OP),--op $(OP)) $(ARGS)
+	$(if $(OP),,$(PY) tests/runtime/planted_faults.py)
 
 clean:  ## everything that was made here
-	rm -rf .venv .venv.lock build dist *.egg-info genai_kernels/_C*.so demo_report .benchmarks
+	rm -rf .venv .venv.lock build dist *.egg-info genai_kernels/_*.so demo_report .benchmarks
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

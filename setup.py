@@ -1,4 +1,6 @@
-"""One extension on the LibTorch stable ABI: a cp310-abi3 library that every torch >= 2.10 can load.
+"""Two extensions. `_C`, the kernels, is on PyTorch's stable ABI and on Python's limited API: every torch >= 2.10 and
+every Python >= 3.10 can load it. `_runtime`, the block allocator, is pybind11 without torch, for one version of Python,
+and so the wheel is for that one too.
 
 Everything but the compilation is in pyproject.toml. Build-time environment:
   GENAI_KERNELS_CUDA=0|1  leave the CUDA kernels out; make a missing nvcc an error; the default is auto
@@ -10,10 +12,11 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
+RUNTIME = "csrc/runtime/"
 TARGET_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10: the oldest torch the binary may meet at run time
 
 
@@ -32,6 +35,12 @@ def extension_arguments() -> dict:
     if os.environ.get("GENAI_KERNELS_SDIST") or "sdist" in sys.argv or "egg_info" in sys.argv[:2]:
         return {}
     try:
+        import pybind11
+    except ImportError as error:
+        raise SystemExit(
+            "genai_kernels: the build needs pybind11>=3: run `pip install pybind11`, then again"
+        ) from error
+    try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError as error:
         raise SystemExit(
@@ -40,11 +49,12 @@ def extension_arguments() -> dict:
     os.environ.setdefault("MAX_JOBS", str(available_jobs()))
     optimise = ["-O1", "-g", "-UNDEBUG"] if os.environ.get("GENAI_KERNELS_DEBUG") == "1" else ["-O3", "-g0"]
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))  # without these as `depends`
+    # setuptools takes a library older than a changed header for up to date.
     extension = CppExtension(
         "genai_kernels._C",
-        sources,
-        depends=headers,  # else setuptools takes a library older than a changed header for up to date
+        [s for s in sources if not s.startswith(RUNTIME)],
+        depends=[h for h in headers if not h.startswith(RUNTIME)],
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,  # defines Py_LIMITED_API and does not link libtorch_python
         extra_compile_args=[
@@ -67,6 +77,21 @@ def extension_arguments() -> dict:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-s"],
     )
 
+    runtime = Extension(
+        "genai_kernels._runtime",
+        [s for s in sources if s.startswith(RUNTIME)],
+        depends=[h for h in headers if h.startswith(RUNTIME)],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        extra_compile_args=[
+            *("-O2" if flag == "-O3" else flag for flag in optimise),  # -O3 makes the binding longer, not faster
+            "-std=c++20",
+            "-fvisibility=hidden",
+            f"-ffile-prefix-map={ROOT}/=",
+            f"-ffile-prefix-map={pybind11.get_include()}/=",
+        ],
+        extra_link_args=["-s"],
+    )
+
     class Build(BuildExtension.with_options(use_ninja=True)):
         def build_extensions(self):
             import cuda_build
@@ -74,7 +99,7 @@ def extension_arguments() -> dict:
             cuda_build.add_to(extension, ROOT, ROOT / "build/cuda")
             super().build_extensions()
 
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [extension, runtime], "cmdclass": {"build_ext": Build}}
 
 
-setup(options={"bdist_wheel": {"py_limited_api": "cp310"}}, **extension_arguments())
+setup(**extension_arguments())

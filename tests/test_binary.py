@@ -1,8 +1,9 @@
-"""What the compiled library may contain: the stable ABI only, and no wide instruction outside its own namespace."""
+"""What the compiled libraries may contain: the stable ABI only, and no wide instruction outside its own namespace."""
 
 import platform
 import re
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from abi3info import DATAS, FUNCTIONS
 from abi3info.models import PyVersion, Symbol
 
 import genai_kernels
+import genai_kernels._runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(genai_kernels._C.__file__)
+RUNTIME = Path(genai_kernels._runtime.__file__)
 SOURCES = sorted((ROOT / "csrc").rglob("*.cpp"))
 KERNELS = [p for p in SOURCES if '\n#include "cpu/foreach_isa.h"' in p.read_text()]
 ALLOWED = re.compile(
@@ -44,6 +47,15 @@ def test_name_and_exports():
     assert exported == ["PyInit__C"]
 
 
+def test_the_runtime_knows_no_torch():
+    """The block allocator: a module for one version of Python, of the C++ library and Python alone."""
+    assert RUNTIME.name == f"_runtime{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert re.findall(r" T (.*)", run("nm", "-D", "--defined-only", str(RUNTIME))) == ["PyInit__runtime"]
+    needed = re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", str(RUNTIME)))
+    assert set(needed) <= {"libstdc", "libm", "libgcc_s", "libc", "libpthread", "ld"}
+    assert re.findall(r".*\b(?:at|c10|torch)::.*", run("nm", "-DC", str(RUNTIME))) == []
+
+
 def test_only_stable_symbols_of_torch():
     undefined = run("nm", "-DC", "--undefined-only", str(LIBRARY))
     assert re.findall(r".*\b(?:at|c10|torch)::.*", undefined) == []
@@ -59,9 +71,10 @@ def test_python_symbols_are_of_the_limited_api():
 
 
 def test_no_path_of_the_build_machine():
-    binary = LIBRARY.read_bytes()
-    assert str(ROOT).encode() not in binary
-    assert str(Path(torch.__file__).parent).encode() not in binary
+    for library in (LIBRARY, RUNTIME):
+        binary = library.read_bytes()
+        for folder in (ROOT, Path(torch.__file__).parent):
+            assert str(folder).encode() not in binary
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=name)

@@ -1,6 +1,7 @@
 """The floors of the house: imports go downward only, never sideways, and nothing central lists the ops.
 
 0  csrc/core, csrc/cpu, csrc/cuda           the compiler, intrinsics, CUDA headers
+0  csrc/runtime                             the standard library; pybind11 in its binding; a library of its own
 1  csrc/ops/<op>/<op>_cpu.cpp, <op>.cu      floor 0 and the room's own headers; nothing of std or torch in an ISA region
 2  csrc/ops/<op>/<op>.cpp, csrc/host        torch's stable ABI, nothing else of torch
 3  genai_kernels/ops/<op>                   registry, torch_ops, backends, accuracy; not another room
@@ -91,13 +92,15 @@ def imported(path):
 @each(CPP)
 def test_includes_go_downward(path):
     below = path.relative_to(ROOT / "csrc").parts[0]
-    allowed = {"core": ("core/",), "cpu": ("core/", "cpu/"), "cuda": ("core/", "cuda/")}.get(
-        below, ("core/", "cpu/", "cuda/", "host/", f"ops/{room(path)}/")
-    )
+    floor_0 = {"core": ("core/",), "cpu": ("core/", "cpu/"), "cuda": ("core/", "cuda/"), "runtime": ("runtime/",)}
+    allowed = floor_0.get(below, ("core/", "cpu/", "cuda/", "host/", f"ops/{room(path)}/"))
     ours = [i for i in includes(path) if (ROOT / "csrc" / i).exists()]
     assert [i for i in ours if not i.startswith(allowed)] == []
     foreign = [i for i in includes(path) if i not in ours and re.match(r"torch|ATen|c10|pybind11|Python\.h", i)]
-    if is_kernel(path):
+    if below == "runtime":
+        may = ("pybind11/",) if path.stem in {"binding", "python_values"} else ()
+        assert [i for i in foreign if not i.startswith(may)] == [], "plain C++, so that any program can hold it"
+    elif is_kernel(path):
         assert [i for i in ours if i.startswith("host/")] == []
         assert foreign == [], "kernels know no torch"
     elif name(path) != "csrc/module.cpp":

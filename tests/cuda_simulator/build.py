@@ -35,11 +35,11 @@ def compile_flags(csrc: Path = ROOT / "csrc") -> list[str]:
 
 
 def sources() -> list[Path]:
-    """All but the CPU kernels, which nothing calls here: every call is one for the GPU (host/gpu.h)."""
+    """All of `_C` but the CPU kernels, which nothing calls here: every call is one for the GPU (host/gpu.h)."""
     csrc = ROOT / "csrc"
     return [
-        *(p for p in sorted(csrc.rglob("*.cpp")) if not p.stem.endswith("_cpu")), *sorted(csrc.rglob("*.cu")),
-        *sorted(HERE.glob("*.cpp")),
+        *(p for p in sorted(csrc.rglob("*.cpp")) if not p.stem.endswith("_cpu") and p.parent.name != "runtime"),
+        *sorted(csrc.rglob("*.cu")), *sorted(HERE.glob("*.cpp")),
     ]  # fmt: skip
 
 

@@ -18,7 +18,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "genai_kernels/version.py").read_text())[1]
-WHEEL = f"genai_kernels-{VERSION}-cp310-abi3-linux_x86_64.whl"
+PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
+# For the Python it was built with, as _runtime is; _C.abi3.so in it would do for any.
+WHEEL = f"genai_kernels-{VERSION}-{PYTHON}-{PYTHON}-linux_x86_64.whl"
+RUNTIME = f"_runtime{sysconfig.get_config_var('EXT_SUFFIX')}"
 TRY = """
 import importlib.metadata, pathlib, torch, genai_kernels as gk
 assert gk.__version__ == importlib.metadata.version("genai_kernels"), gk.__version__
@@ -26,6 +29,9 @@ assert f"version={gk.__version__}" in torch.ops.genai_kernels.build_info().split
 x = torch.randn(8, 64, requires_grad=True)
 gk.rms_norm(x).sum().backward()
 assert torch.isfinite(x.grad).all()
+from genai_kernels.kv_cache import BlockAllocator
+blocks = BlockAllocator(num_blocks=2, block_size=4)
+assert blocks.slot_mapping(blocks.allocate([1, 2, 3])).tolist() == [0, 1, 2]
 print(pathlib.Path(gk.__file__).parent)
 """
 pytestmark = pytest.mark.slow
@@ -34,7 +40,7 @@ pytestmark = pytest.mark.slow
 class Environment:
     """A venv in which the packages of the running interpreter are linked, torch among them, but no build tool."""
 
-    HIDDEN = ("setuptools", "pkg_resources", "_distutils_hack", "distutils", "ninja", "genai_kernels", "__")
+    HIDDEN = ("setuptools", "pkg_resources", "_distutils_hack", "distutils", "ninja", "pybind11", "genai_kernels", "__")
 
     def __init__(self, folder, wheelhouse, torch=True):
         self.folder = folder
@@ -77,7 +83,7 @@ class Environment:
 def wheelhouse(tmp_path_factory):
     """The build requirements of pyproject.toml, at the pinned versions: all that a build may download."""
     folder = tmp_path_factory.mktemp("wheelhouse")
-    wanted = ["setuptools", "ninja", "-c", ROOT / "requirements/constraints.txt"]
+    wanted = ["setuptools", "ninja", "pybind11", "-c", ROOT / "requirements/constraints.txt"]
     subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, *wanted], check=True)
     return folder
 
@@ -107,12 +113,12 @@ def library_hash(file):
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-HASHES = {}  # of _C.abi3.so, by how it was built
+HASHES = {}  # of _C.abi3.so and _runtime, by how they were built
 
 
-def expect_same_library(how, file):
+def expect_same_libraries(how, package):
     """Every way to build gives the same bits, wherever the sources lie."""
-    HASHES[how] = library_hash(file)
+    HASHES[how] = (library_hash(package / "_C.abi3.so"), library_hash(package / RUNTIME))
     assert len(set(HASHES.values())) == 1, HASHES
 
 
@@ -123,7 +129,7 @@ def test_pip_install(environment, tmp_path):
     assert "asking for torch" not in log
     where = environment.run("-c", TRY).split()[-1]
     assert Path(where) == environment.packages / "genai_kernels"
-    expect_same_library("pip install .", Path(where) / "_C.abi3.so")
+    expect_same_libraries("pip install .", Path(where))
     # Python started in the repository's root finds the source folder first, which has no library.
     said = environment.run("-c", "import genai_kernels", cwd=source, fails=True)
     assert "ImportError: genai_kernels was imported from" in said
@@ -136,7 +142,7 @@ def test_pip_install_editable(environment, tmp_path):
     assert "building against it" in log
     assert Path(environment.run("-c", TRY).split()[-1]) == source / "genai_kernels"
     assert Path(environment.run("-c", TRY, cwd=source).split()[-1]) == source / "genai_kernels"
-    expect_same_library("pip install -e .", source / "genai_kernels/_C.abi3.so")
+    expect_same_libraries("pip install -e .", source / "genai_kernels")
 
 
 def test_build_then_install_the_wheel(environment, wheelhouse, tmp_path):
@@ -150,7 +156,9 @@ def test_build_then_install_the_wheel(environment, wheelhouse, tmp_path):
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     built_from = [
-        p for p in source.rglob("*") if p.is_file() and p.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".typed"}
+        p
+        for p in source.rglob("*")
+        if p.is_file() and p.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".typed", ".pyi"}
     ]
     needed = {str(p.relative_to(source)) for p in built_from}
     needed = {n for n in needed if n.startswith(("csrc/", "build_backend/", "genai_kernels/", "setup.py"))}
@@ -159,10 +167,11 @@ def test_build_then_install_the_wheel(environment, wheelhouse, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         installed = set(archive.namelist())
         archive.extract("genai_kernels/_C.abi3.so", tmp_path)
+        archive.extract(f"genai_kernels/{RUNTIME}", tmp_path)
     assert {n for n in needed if n.startswith("genai_kernels/")} <= installed
     assert {n.partition("/")[0] for n in installed} == {"genai_kernels", f"genai_kernels-{VERSION}.dist-info"}
     library = tmp_path / "genai_kernels/_C.abi3.so"
-    expect_same_library("python -m build", library)
+    expect_same_libraries("python -m build", library.parent)
     undefined = subprocess.run(
         ["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout
@@ -178,7 +187,7 @@ def test_without_torch(wheelhouse, tmp_path):
     """An isolated build asks for torch, one without isolation says so in a sentence, an sdist needs none."""
     source = copy_of_sources(tmp_path / "source")
     bare = Environment(tmp_path / "bare", wheelhouse, torch=False)
-    bare.run("-m", "pip", "install", "setuptools", "ninja")
+    bare.run("-m", "pip", "install", "setuptools", "ninja", "pybind11")
     ask = "import sys; sys.path.insert(0, 'build_backend'); import backend; print(backend.get_requires_for_build_{}())"
     assert "['torch>=2.10']" in bare.run("-c", ask.format("wheel"), cwd=source)
     assert bare.run("-c", ask.format("sdist"), cwd=source).splitlines()[-1] == "[]"

@@ -25,7 +25,8 @@ def quantize_heads(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = x.abs().amax(dim=-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     scale = largest / 127
     normal = scale >= torch.finfo(torch.float32).smallest_normal
-    inverse = torch.where(normal, 127 / torch.where(normal, largest, 1), 0)
+    # a tensor divided by a tensor is rounded once; PyTorch's number divided by a tensor is a reciprocal and a product
+    inverse = torch.where(normal, torch.full_like(largest, 127) / torch.where(normal, largest, 1), 0)
     values = (torch.where(finite.unsqueeze(-1), x, 0) * torch.where(finite, inverse, 0).unsqueeze(-1)).round()
     values = torch.where(finite.unsqueeze(-1), values, 1)
     return values.to(torch.int8), torch.where(finite, scale, float("nan"))
