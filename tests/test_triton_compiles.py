@@ -124,7 +124,8 @@ def call(op, sample, dtype):
     with gk.use_backend("triton"):
         results = op.function(*args, **kwargs)
         results = [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
-        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+        if results:
+            torch.autograd.backward(results, [torch.ones_like(r) for r in results])
 
 
 def samples_of(op):
@@ -136,11 +137,11 @@ def samples_of(op):
 
 def test_the_kernels_are_there():
     with gk.use_backend("triton"):
-        assert [op.name for op in OPS.values() if op.overloads[0] not in torch_ops._triton] == []
+        assert [op.name for op in OPS.values() if op.gpu and op.overloads[0] not in torch_ops._triton] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.gpu], ids=lambda op: op.name)
 def test_compiles(op, dtype, kernels):
     plain, largest = samples_of(op)
     call(op, largest, dtype)

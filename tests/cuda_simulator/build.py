@@ -35,10 +35,17 @@ def compile_flags(csrc: Path = ROOT / "csrc") -> list[str]:
 
 
 def sources() -> list[Path]:
-    """All of `_C` but the CPU kernels, which nothing calls here: every call is one for the GPU (host/gpu.h)."""
+    """All of `_C` but the CPU kernels that have a twin in CUDA: nothing calls them, as every call is one for the GPU here
+    (host/gpu.h).
+    """
     csrc = ROOT / "csrc"
+    with_cuda = {p.parent for p in csrc.rglob("*.cu")}
+
+    def is_taken(p: Path) -> bool:
+        return p.parent.name != "runtime" and not (p.stem.endswith("_cpu") and p.parent in with_cuda)
+
     return [
-        *(p for p in sorted(csrc.rglob("*.cpp")) if not p.stem.endswith("_cpu") and p.parent.name != "runtime"),
+        *filter(is_taken, sorted(csrc.rglob("*.cpp"))),
         *sorted(csrc.rglob("*.cu")), *sorted(HERE.glob("*.cpp")),
     ]  # fmt: skip
 

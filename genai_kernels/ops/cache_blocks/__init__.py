@@ -45,6 +45,7 @@ def _copied(m: Make, *shape: int, pairs: int) -> tuple[tuple[Any, ...], dict[str
                elements=2.0 * 256 * 16 * 8 * 128),
     ],
     differentiable=False,
+    gpu=False,  # what PyTorch's own indexing does well
     exact=True,
     mutates=True,
     overloads=("copy_blocks",),
@@ -90,6 +91,7 @@ def swap_blocks_reference(
         Sample("int32", lambda m: ((m(9, 16), m(5, 16), _mapping(m, 9, 5, 5, torch.int32)), {})),
     ],
     differentiable=False,
+    gpu=False,  # what PyTorch's own indexing does well
     exact=True,
     mutates=True,
     overloads=("swap_blocks",),
@@ -174,6 +176,7 @@ def _gathered(m: Make, lengths: list[int], size: int = 4, csr: bool = False, **o
         Sample("block_1", lambda m: _gathered(m, [9, 4], size=1)),
     ],
     differentiable=False,
+    gpu=False,  # what PyTorch's own indexing does well
     exact=True,
     overloads=("gather_kv_cache",),
 )
