@@ -116,7 +116,7 @@ def call(op, sample, dtype):
     """Forward and backward of a sample."""
 
     def leaf(t):
-        return t.requires_grad_() if t.is_floating_point() else t
+        return t.requires_grad_(op.differentiable) if t.is_floating_point() else t
 
     args, kwargs = map_tensors(leaf, sample.build(Make(dtype)))
     for name in sample.frozen:

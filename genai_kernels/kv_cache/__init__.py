@@ -1,4 +1,4 @@
-"""Paged key/value caches: which blocks of a pool belong to which sequence."""
+"""Paged key/value caches: the blocks of a pool, and whose they are."""
 
 from .allocator import (
     BlockAllocator,
@@ -9,12 +9,15 @@ from .allocator import (
     SwappedOutError,
     UnknownSequenceError,
 )
+from .paged import PagedBatch, PagedKVCache
 
 __all__ = [
     "BlockAllocator",
     "BlockError",
     "DoubleFreeError",
     "OutOfBlocksError",
+    "PagedBatch",
+    "PagedKVCache",
     "Request",
     "SwappedOutError",
     "UnknownSequenceError",
