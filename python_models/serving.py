@@ -13,17 +13,16 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 import genai_kernels as gk
-from genai_kernels.kv_cache import PagedBatch, PagedKVCache
+from genai_kernels.kv_cache import PagedKVCache
 from genai_kernels.kv_cache import Request as Allocation
 from python_models.llama import Llama
-from python_models.llama_cache import ContiguousCache
+from python_models.serving_draft import Drafter
 
 
 @dataclass(frozen=True)
@@ -81,51 +80,6 @@ class Request:
         """The tokens chosen so far; of the best beam."""
         branch = self.branches[0] if self.branches else Branch(self.prompt)
         return branch.tokens[len(self.prompt) : len(branch.tokens) - branch.drafted]
-
-
-class Drafter(Protocol):
-    """Guesses how a text goes on. A wrong guess costs time and nothing else."""
-
-    def propose(self, request: Request, tokens: Sequence[int], count: int) -> list[int]: ...
-
-
-class NgramDrafter:
-    """What followed the last time the text's last few tokens occurred in it."""
-
-    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        self.sizes = range(longest, shortest - 1, -1)
-
-    def propose(self, request: Request, tokens: Sequence[int], count: int) -> list[int]:
-        for size in self.sizes:
-            tail = list(tokens[-size:])
-            for at in range(len(tokens) - size - 1, -1, -1):
-                if tokens[at] == tail[0] and list(tokens[at : at + size]) == tail:
-                    return list(tokens[at + size : at + size + count])
-        return []
-
-
-class ModelDrafter:
-    """The likeliest tokens of a smaller model, which keeps a cache of its own for each request."""
-
-    def __init__(self, model: Llama) -> None:
-        self.model = model
-        self.caches: dict[int, tuple[ContiguousCache, list[int]]] = {}
-
-    @torch.inference_mode()
-    def propose(self, request: Request, tokens: Sequence[int], count: int) -> list[int]:
-        room = len(request.prompt) + request.sampling.max_tokens + count + 1
-        cache, seen = self.caches.pop(id(request), None) or (ContiguousCache(self.model, 1, room), [])
-        same = next((i for i, (a, b) in enumerate(zip(seen, tokens, strict=False)) if a != b), min(len(seen), len(tokens)))
-        cache.length = min(same, len(tokens) - 1)
-        text = list(tokens)
-        for _ in range(count):
-            new = torch.tensor(text[cache.length :])
-            logits = self.model(new, cache.positions(len(new)), cache, logits_of=torch.tensor([len(new) - 1]))
-            text.append(int(logits.argmax()))
-        self.caches[id(request)] = cache, text[: cache.length]
-        while len(self.caches) > 256:  # of requests that are long done
-            self.caches.pop(next(iter(self.caches)))
-        return text[len(tokens) :]
 
 
 class Engine:
@@ -253,16 +207,13 @@ class Engine:
             if end == len(branch.tokens):
                 rows += range(last - branch.drafted, last + 1)
                 wanted.append(branch)
-        logits = self._forward(tokens, batch, rows)
+        logits = self.model(tokens, batch.positions, batch, logits_of=torch.tensor(rows, dtype=torch.int64))
         for branch, end in plan:
             branch.computed = end
             self.blocks.commit(branch.seq, end - branch.drafted)
         self._choose(wanted, logits)
         self.steps += 1
         return len(tokens)
-
-    def _forward(self, tokens: torch.Tensor, batch: PagedBatch, rows: list[int]) -> torch.Tensor:
-        return self.model(tokens, batch.positions, batch, logits_of=torch.tensor(rows, dtype=torch.int64))
 
     def _admit(self) -> None:
         """Requests from the queue, in order, as long as there is room."""
@@ -275,7 +226,8 @@ class Engine:
             else:
                 wanted = [Allocation(b.tokens, 0, request.salt) for b in request.branches]
                 # one block to grow into, so that it is not preempted by its own first token
-                if not self.blocks.can_allocate_batch(wanted) or self.running and self.blocks.num_available_blocks < 2:
+                full = bool(self.running) and self.blocks.num_available_blocks < 2
+                if full or not self.blocks.can_allocate_batch(wanted):
                     return
                 for branch, seq in zip(request.branches, self.blocks.allocate_batch(wanted), strict=True):
                     branch.seq, branch.computed = seq, self.blocks.num_cached_tokens(seq)
@@ -300,11 +252,9 @@ class Engine:
             for branch in request.branches:
                 end = min(len(branch.tokens), branch.computed + budget)
                 if end > branch.computed:
-                    if end < len(branch.tokens):
-                        self._drop_draft(branch)
                     plan.append((branch, end))
                     budget -= end - branch.computed
-        return [(branch, end) for branch, end in plan if branch.seq is not None]
+        return plan
 
     def _grow(self, request: Request, budget: int) -> bool:
         """Slots for all tokens of a request, a draft included; False if it was preempted itself."""
@@ -396,7 +346,7 @@ class Engine:
             if request.on_token:
                 request.on_token(request, token)
             if request.state == "cancelled":
-                return
+                return None
             if reason := self._end(request, branch):
                 return self._finish(request, reason)
         branch.computed = len(branch.tokens) - 1
@@ -411,8 +361,10 @@ class Engine:
     def _search(self, request: Request, logits: list[torch.Tensor]) -> None:
         """One step of beam search: the best `beams` continuations of all beams go on, each in a fork of its parent."""
         beams = request.sampling.beams
-        if len(logits) < len(request.branches):
-            return  # some are not computed yet; all of them are, together, later
+        if len(logits) < len(request.branches):  # after a preemption: some have longer to go
+            for branch in request.branches:  # the others wait for them, and compute their last token again
+                branch.computed = min(branch.computed, len(branch.tokens) - 1)
+            return
         scores = torch.stack([b.score + row[-1].double().log_softmax(-1) for b, row in
                               zip(request.branches, logits, strict=True)])  # fmt: skip
         best = scores.flatten().topk(min(2 * beams, scores.numel()))
@@ -434,7 +386,9 @@ class Engine:
         request.branches = [child for _, child in grown]
         over = not grown or self._end(request, grown[0][1]) == "length"
         if over or len(request.finished) >= beams:
-            ended = sorted([*request.finished, *request.branches], key=lambda b: -b.score / len(b.tokens))
+            ended = sorted(
+                [*request.finished, *request.branches], key=lambda b: -b.score / (len(b.tokens) - len(request.prompt))
+            )
             self._finish(request, "stop" if ended[0] in request.finished else "length")
             request.branches = ended[:beams]
             for token in request.output if request.on_token else ():

@@ -35,8 +35,8 @@ def compile_flags(csrc: Path = ROOT / "csrc") -> list[str]:
 
 
 def sources() -> list[Path]:
-    """All of `_C` but the CPU kernels that have a twin in CUDA: nothing calls them, as every call is one for the GPU here
-    (host/gpu.h).
+    """All of `_C` but the CPU kernels that have a twin in CUDA: nothing calls them, as every call is one for the GPU
+    here (host/gpu.h).
     """
     csrc = ROOT / "csrc"
     with_cuda = {p.parent for p in csrc.rglob("*.cu")}

@@ -98,7 +98,7 @@ def appended(
 
 def _strided(m: Make) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """k and v as parts of one product, the caches as halves of one tensor."""
-    (k, _, k_cache, _, slots), options = appended(m, 20)
+    (*_, slots), options = appended(m, 20)
     qkv, both = m(20, 6, 32), m(6, 2, 16, 2, 32)
     return (qkv[:, 2:4], qkv[:, 4:], both[:, 0], both[:, 1], slots.long()), options
 
@@ -149,8 +149,8 @@ def append_kv_cache(
 ) -> tuple[torch.Tensor, ...]:
     """Writes keys and values of new tokens into their slots of a paged cache, in place.
 
-    With `cos` and `sin` the keys are rotated on their way, with the bits of `rotary_embedding`. Into an int8 cache a head
-    goes as `round(x / scale)` with `scale = max|x| / 127`; one that holds a NaN or an infinity reads back as NaN.
+    With `cos` and `sin` the keys are rotated on their way, with the bits of `rotary_embedding`. Into an int8 cache a
+    head goes as `round(x / scale)` with `scale = max|x| / 127`; one that holds a NaN or an infinity reads back as NaN.
     Everything is checked before anything is written.
 
     Args:
@@ -158,8 +158,8 @@ def append_kv_cache(
         v: `[tokens, kv_heads, value_dim]`, the same dtype.
         k_cache, v_cache: `[num_blocks, block_size, kv_heads, dim]`, dtype of k or int8, any strides but the last, which
             is 1. They must share no memory; two halves of one tensor `[num_blocks, 2, ...]` do not.
-        slot_mapping: int32 or int64 `[tokens]`: token t goes to place `slot % block_size` of block `slot // block_size`;
-            -1 skips it.
+        slot_mapping: int32 or int64 `[tokens]`: token t goes to place `slot % block_size` of block
+            `slot // block_size`; -1 skips it.
         cos, sin: tables `[positions, rotary_dim / 2]` of any floating dtype; without `positions` a row for each token.
         positions: int32 or int64 `[tokens]`.
         interleaved: the pairing, as in `rotary_embedding`.

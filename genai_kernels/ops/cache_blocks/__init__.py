@@ -34,13 +34,17 @@ def _copied(m: Make, *shape: int, pairs: int) -> tuple[tuple[Any, ...], dict[str
     return (m(*shape), mapping + torch.tensor([0, half])), {}
 
 
+def _half(m: Make) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (m(8, 2, 4, 3)[:, 1], _copied(m, 8, 4, pairs=3)[0][1]), {}
+
+
 @op(
     reference=copy_blocks_reference,
     samples=[
         Sample("plain", lambda m: _copied(m, 9, 16, 2, 8, pairs=4)),
         Sample("none", lambda m: _copied(m, 9, 4, pairs=0)),
         Sample("scales", lambda m: _copied(m, 9, 16, 2, pairs=3)),
-        Sample("half_of_a_tensor", lambda m: (lambda a: ((m(8, 2, 4, 3)[:, 1], a[0][1]), {}))(_copied(m, 8, 4, pairs=3))),
+        Sample("half_of_a_tensor", _half),
         Sample("b256_64KiB", lambda m: _copied(m, 1024, 16, 8, 128, pairs=256), bench=True,
                elements=2.0 * 256 * 16 * 8 * 128),
     ],
@@ -74,9 +78,7 @@ def copy_blocks(cache: torch.Tensor, block_mapping: torch.Tensor) -> torch.Tenso
     return cache
 
 
-def swap_blocks_reference(
-    source: torch.Tensor, destination: torch.Tensor, block_mapping: torch.Tensor
-) -> torch.Tensor:
+def swap_blocks_reference(source: torch.Tensor, destination: torch.Tensor, block_mapping: torch.Tensor) -> torch.Tensor:
     """See `genai_kernels.swap_blocks`."""
     destination[block_mapping[:, 1].long().to(destination.device)] = source[
         block_mapping[:, 0].long().to(source.device)
@@ -138,7 +140,9 @@ def gather_kv_cache_reference(
     if block_table is not None and seq_lens is not None:
         lists = [(row, n) for row, n in zip(block_table, seq_lens.tolist(), strict=True)]
     else:
-        assert indptr is not None and indices is not None and last_page_len is not None
+        assert indptr is not None
+        assert indices is not None
+        assert last_page_len is not None
         bounds = indptr.tolist()
         lists = [
             (indices[begin:end], max(end - begin - 1, 0) * size + n)

@@ -50,15 +50,15 @@ def paged_attention(
     """Attention of each sequence's newest tokens over its keys and values in the pages of a cache.
 
     Decode, chunked prefill, the verification of a draft and any mixture of them are one call. The new tokens are in the
-    cache already (`append_kv_cache`) and are the last of their sequence. A token's result is the same bits whatever it is
-    computed together with: alone or in a prefill, whatever the batch, the page size, the table and the threads.
+    cache already (`append_kv_cache`) and are the last of their sequence. A token's result is the same bits whatever it
+    is computed together with: alone or in a prefill, whatever the batch, the block size, the table and the threads.
     Sequences whose tables begin with the same pages have them read once.
 
     Args:
         q: `[tokens, heads, head_dim]` with `cu_seqlens_q`, or `[batch, heads, head_dim]`, one new token each, or
             `[batch, tokens, heads, head_dim]`; float32, bfloat16 or float16.
-        k_cache: `[num_blocks, block_size, kv_heads, head_dim]`, dtype of q or int8; `heads` is a multiple of `kv_heads`.
-            Any strides but the last, which is 1; any block_size from 1.
+        k_cache: `[num_blocks, block_size, kv_heads, head_dim]`, dtype of q or int8; `heads` is a multiple of
+            `kv_heads`. Any strides but the last, which is 1; any block_size from 1.
         v_cache: `[num_blocks, block_size, kv_heads, value_dim]`, the same dtype.
         block_table: int32 `[batch, blocks]`: token t of sequence b lies in block `block_table[b, t // block_size]`.
             Entries past the sequence, and those of blocks that no new token sees, are not looked at.

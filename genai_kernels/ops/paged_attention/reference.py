@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from ...registry import OPS
@@ -13,7 +15,7 @@ def pages_of(block_table, seq_lens, indptr, indices, last_page_len, block_size: 
         lengths = seq_lens.tolist()
         return [(block_table[b, : -(-n // block_size)], n) for b, n in enumerate(lengths)]
     bounds = indptr.tolist()
-    lists = [indices[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    lists = [indices[begin:end] for begin, end in itertools.pairwise(bounds)]
     return [(p, max(len(p) - 1, 0) * block_size + n) for p, n in zip(lists, last_page_len.tolist(), strict=True)]
 
 

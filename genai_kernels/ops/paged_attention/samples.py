@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...registry import Accuracy, Make, Sample
-from .reference import pages_of, paged_attention_reference
+from .reference import paged_attention_reference, pages_of
 
 
 def paged(
