@@ -25,8 +25,15 @@ inline CacheView cache_view(const char* op, const char* name, const TensorRef& t
   GK_CHECK_VALUE(t.size(3) <= 1 || t.stride(3) == 1, op, name, ": expected stride 1 in the last dimension, got ",
                  t.stride(3));
   GK_CHECK_VALUE(t.size(token) > 0, op, name, ": expected a block_size of at least 1, got shape ", shape_of(t));
-  return {static_cast<char*>(t.data()), t.scalar_type(), t.size(0),       t.size(token),  t.size(head),
-          t.size(3),                    t.stride(0),     t.stride(token), t.stride(head)};
+  return {static_cast<char*>(t.data()),
+          t.scalar_type(),
+          t.size(0),
+          t.size(token),
+          t.size(head),
+          t.size(3),
+          t.stride(0),
+          t.stride(token),
+          t.stride(head)};
 }
 
 inline void check_cache_pair(const char* op, const CacheView& k, const CacheView& v, const TensorRef& k_cache,
@@ -43,16 +50,17 @@ template <class View>
 void set_scales(const char* op, View& to, const char* name, const OptionalTensor& scale, const CacheView& cache,
                 bool heads_first) {
   const bool wanted = cache.type == ScalarType::Char;
-  GK_CHECK_VALUE(scale.has_value() == wanted, op, name, wanted ? ": expected the scales of an int8 cache, got None"
-                                                               : ": expected None for a cache that is not int8");
+  GK_CHECK_VALUE(
+      scale.has_value() == wanted, op, name,
+      wanted ? ": expected the scales of an int8 cache, got None" : ": expected None for a cache that is not int8");
   if (!wanted) return;
   const TensorRef& t = *scale;
   GK_CHECK_TYPE(t.scalar_type() == ScalarType::Float, op, name, ": expected float32, got ",
                 dtype_name(t.scalar_type()));
   const int token = heads_first ? 2 : 1, head = heads_first ? 1 : 2;
-  GK_CHECK_VALUE(t.dim() == 3 && t.size(0) == cache.pages && t.size(token) == cache.page_size &&
-                     t.size(head) == cache.heads,
-                 op, name, ": expected the shape of its cache without the last dimension, got ", shape_of(t));
+  GK_CHECK_VALUE(
+      t.dim() == 3 && t.size(0) == cache.pages && t.size(token) == cache.page_size && t.size(head) == cache.heads, op,
+      name, ": expected the shape of its cache without the last dimension, got ", shape_of(t));
   to.scale = static_cast<decltype(to.scale)>(t.data());
   to.scale_page = t.stride(0);
   to.scale_token = t.stride(token);
@@ -116,9 +124,8 @@ inline std::vector<PageList> page_lists(const char* op, const OptionalTensor& bl
     const int64_t count = int64_t(begin[b + 1]) - begin[b];
     GK_CHECK_VALUE(count >= 0 && begin[b + 1] <= indices->size(0), op, "indptr[", b + 1, "]: expected at least ",
                    begin[b], " and at most ", indices->size(0), ", got ", begin[b + 1]);
-    GK_CHECK_VALUE(count ? last[b] >= 1 && last[b] <= page_size : last[b] == 0, op, "last_page_len[", b,
-                   "]: expected ", count ? "1 to " : "0, as there is no block, not ", count ? page_size : last[b],
-                   ", got ", last[b]);
+    GK_CHECK_VALUE(count ? last[b] >= 1 && last[b] <= page_size : last[b] == 0, op, "last_page_len[", b, "]: expected ",
+                   count ? "1 to " : "0, as there is no block, not ", count ? page_size : last[b], ", got ", last[b]);
     lists.push_back({pages + begin[b], count ? (count - 1) * page_size + last[b] : 0, count});
   }
   return lists;

@@ -100,7 +100,7 @@ def test_a_request_answers_the_same(model, alone, way):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_draft_model_changes_nothing(model, alone, seed):
     """The model itself, whose guesses are nearly all right, and another one."""
-    found, _, engine = answers(model, requests(), drafter=ModelDrafter(make_model(seed)))
+    found, _, _ = answers(model, requests(), drafter=ModelDrafter(make_model(seed)))
     assert found == alone
     greedy = [(prompt, Sampling(max_tokens=20, ignore_end=True)) for prompt, _ in requests()]
     steps = [answers(model, greedy, drafter=d)[2].steps for d in (None, ModelDrafter(make_model(seed)))]

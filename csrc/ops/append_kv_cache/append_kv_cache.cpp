@@ -134,9 +134,12 @@ void append(const TensorRef& k, const TensorRef& v, const TensorRef& k_cache, co
   // what is written must not be what is read, nor what the other part is written to
   const std::pair<const char*, const OptionalTensor> written[] = {
       {"k_cache", k_cache}, {"v_cache", v_cache}, {"k_scale", k_scale}, {"v_scale", v_scale}};
-  const std::pair<const char*, const OptionalTensor> read[] = {
-      {"k", k}, {"v", v}, {"slot_mapping", slots}, {"cos", rotation.cos}, {"sin", rotation.sin},
-      {"positions", rotation.positions}};
+  const std::pair<const char*, const OptionalTensor> read[] = {{"k", k},
+                                                               {"v", v},
+                                                               {"slot_mapping", slots},
+                                                               {"cos", rotation.cos},
+                                                               {"sin", rotation.sin},
+                                                               {"positions", rotation.positions}};
   const auto interleaved_pair = [](const TensorRef& a, const TensorRef& b) {
     // k and v as the two halves of one tensor [blocks, 2, ...]: the same strides, a page apart by less than a page
     const int64_t apart = (b.data_as<char>() - a.data_as<char>()) / element_size(a.scalar_type());
@@ -146,7 +149,8 @@ void append(const TensorRef& k, const TensorRef& v, const TensorRef& k_cache, co
       return last + 1;
     };
     const int64_t stride = a.stride(0), offset = apart < 0 ? -apart : apart;
-    return a.stride(0) == b.stride(0) && offset >= span(apart < 0 ? b : a) && offset + span(apart < 0 ? a : b) <= stride;
+    return a.stride(0) == b.stride(0) && offset >= span(apart < 0 ? b : a) &&
+           offset + span(apart < 0 ? a : b) <= stride;
   };
   for (const auto& [name, output] : written) {
     if (!output) continue;

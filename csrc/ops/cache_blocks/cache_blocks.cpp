@@ -44,8 +44,8 @@ struct Move {
 std::vector<Move> moves_of(const char* op, const TensorRef& mapping, const Blocks& from, const Blocks& to,
                            bool one_pool) {
   const ScalarType type = mapping.scalar_type();
-  GK_CHECK_TYPE(type == ScalarType::Int || type == ScalarType::Long, op,
-                "block_mapping: expected int32 or int64, got ", dtype_name(type));
+  GK_CHECK_TYPE(type == ScalarType::Int || type == ScalarType::Long, op, "block_mapping: expected int32 or int64, got ",
+                dtype_name(type));
   GK_CHECK_VALUE(mapping.dim() == 2 && mapping.size(1) == 2, op,
                  "block_mapping: expected [pairs, 2], source and destination, got shape ", shape_of(mapping));
   std::vector<Move> moves;
@@ -55,8 +55,8 @@ std::vector<Move> moves_of(const char* op, const TensorRef& mapping, const Block
   };
   for (int64_t i = 0; i < mapping.size(0); ++i) {
     const Move move{at(i, 0), at(i, 1)};
-    GK_CHECK_INDEX(move.from >= 0 && move.from < from.count, op, "block_mapping[", i,
-                   ", 0]: expected 0 <= block < ", from.count, ", got ", move.from);
+    GK_CHECK_INDEX(move.from >= 0 && move.from < from.count, op, "block_mapping[", i, ", 0]: expected 0 <= block < ",
+                   from.count, ", got ", move.from);
     GK_CHECK_INDEX(move.to >= 0 && move.to < to.count, op, "block_mapping[", i, ", 1]: expected 0 <= block < ",
                    to.count, ", got ", move.to);
     moves.push_back(move);
@@ -129,10 +129,11 @@ std::tuple<Tensor, Tensor> gather_kv_cache(const TensorRef& k_cache, const Tenso
     parallel_for_elements(tokens, cache.heads * cache.dim, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         for (int64_t h = 0; h < cache.heads; ++h)
-          std::memcpy(to + (t * cache.heads + h) * cache.dim * size,
-                      cache.data + (*page_of_token[size_t(t)] * cache.page + within[size_t(t)] * cache.token +
-                                    h * cache.head) * size,
-                      size_t(cache.dim * size));
+          std::memcpy(
+              to + (t * cache.heads + h) * cache.dim * size,
+              cache.data +
+                  (*page_of_token[size_t(t)] * cache.page + within[size_t(t)] * cache.token + h * cache.head) * size,
+              size_t(cache.dim * size));
     });
   };
   copy(k, out_k);

@@ -64,10 +64,12 @@ void check_queries(const Arguments& a, Call& call) {
   GK_CHECK_TYPE(p.dtype != Dtype::f64, kOp, "q: expected float32, bfloat16 or float16, got float64");
   GK_CHECK_VALUE(q.dim() == 3 || (q.dim() == 4 && !a.cu_seqlens_q), kOp,
                  "q: expected [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] without cu_seqlens_q, got "
-                 "shape ", shape_of(q));
+                 "shape ",
+                 shape_of(q));
   const int64_t d = q.dim() - 3;
   GK_CHECK_VALUE(d == 0 || q.size(0) <= 1 || q.size(1) == 0 || q.stride(0) == q.size(1) * q.stride(1), kOp,
-                 "q: expected sequences that follow each other, got stride ", q.stride(0), " in dimension 0; pass "
+                 "q: expected sequences that follow each other, got stride ", q.stride(0),
+                 " in dimension 0; pass "
                  "q.contiguous()");
   p.heads = q.size(d + 1);
   p.head_dim = q.size(d + 2);
@@ -131,7 +133,8 @@ Call checked(const Arguments& a) {
   p.right = a.right;
   for (const int64_t side : {a.left, a.right})
     GK_CHECK_VALUE(side >= -1, kOp, "window_size: expected -1 (no limit) or more, got ", side);
-  for (const PageList& list : page_lists(kOp, a.block_table, a.seq_lens, a.indptr, a.indices, a.last_page_len, p.page_size))
+  for (const PageList& list :
+       page_lists(kOp, a.block_table, a.seq_lens, a.indptr, a.indices, a.last_page_len, p.page_size))
     call.sequences.push_back({list.pages, list.tokens, 0, 0, 0, -1});
   const int64_t batch = int64_t(call.sequences.size());
   set_queries(a, call, batch);
@@ -280,17 +283,17 @@ Result forward(const Arguments& a, bool with_lse) {
   return result;
 }
 
-#define GK_PARAMETERS                                                                                               \
-  const TensorRef &q, const TensorRef &k_cache, const TensorRef &v_cache, const OptionalTensor &block_table,        \
-      const OptionalTensor &seq_lens, const OptionalTensor &indptr, const OptionalTensor &indices,                  \
-      const OptionalTensor &last_page_len, const OptionalTensor &cu_seqlens_q, const OptionalTensor &slopes,        \
-      const OptionalTensor &sink, const OptionalTensor &tree, const OptionalTensor &k_scale,                        \
-      const OptionalTensor &v_scale, int64_t left, int64_t right, std::optional<double> scale, double softcap,      \
+#define GK_PARAMETERS                                                                                          \
+  const TensorRef &q, const TensorRef &k_cache, const TensorRef &v_cache, const OptionalTensor &block_table,   \
+      const OptionalTensor &seq_lens, const OptionalTensor &indptr, const OptionalTensor &indices,             \
+      const OptionalTensor &last_page_len, const OptionalTensor &cu_seqlens_q, const OptionalTensor &slopes,   \
+      const OptionalTensor &sink, const OptionalTensor &tree, const OptionalTensor &k_scale,                   \
+      const OptionalTensor &v_scale, int64_t left, int64_t right, std::optional<double> scale, double softcap, \
       bool heads_first
-#define GK_ARGUMENTS                                                                                                \
-  Arguments {                                                                                                       \
-    q, k_cache, v_cache, block_table, seq_lens, indptr, indices, last_page_len, cu_seqlens_q, slopes, sink, tree,   \
-        k_scale, v_scale, left, right, scale, softcap, heads_first                                                  \
+#define GK_ARGUMENTS                                                                                              \
+  Arguments {                                                                                                     \
+    q, k_cache, v_cache, block_table, seq_lens, indptr, indices, last_page_len, cu_seqlens_q, slopes, sink, tree, \
+        k_scale, v_scale, left, right, scale, softcap, heads_first                                                \
   }
 
 Tensor paged_attention(GK_PARAMETERS) { return forward(GK_ARGUMENTS, false).out; }
@@ -302,9 +305,9 @@ std::tuple<Tensor, Tensor> paged_attention_lse(GK_PARAMETERS) {
 }  // namespace
 }  // namespace genai_kernels
 
-#define GK_SCHEMA                                                                                                 \
-  "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor? seq_lens, Tensor? indptr, "            \
-  "Tensor? indices, Tensor? last_page_len, Tensor? cu_seqlens_q, Tensor? alibi_slopes, Tensor? sink, "            \
+#define GK_SCHEMA                                                                                                  \
+  "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor? seq_lens, Tensor? indptr, "             \
+  "Tensor? indices, Tensor? last_page_len, Tensor? cu_seqlens_q, Tensor? alibi_slopes, Tensor? sink, "             \
   "Tensor? tree_mask, Tensor? k_scale, Tensor? v_scale, int window_left, int window_right, float? softmax_scale, " \
   "float softcap, bool heads_first) -> "
 

@@ -33,8 +33,8 @@ struct PagedSequence {
 };
 
 struct PagedAttentionParams {
-  Dtype dtype;       // of q and out
-  bool int8_cache;   // otherwise the pages have the dtype of q
+  Dtype dtype;      // of q and out
+  bool int8_cache;  // otherwise the pages have the dtype of q
   int64_t heads, kv_heads, group, head_dim, value_dim, page_size;
   PagesView k, v;
   const char* q;
@@ -43,11 +43,11 @@ struct PagedAttentionParams {
   float* lse;                                           // [heads][lse_head], or null
   int64_t lse_head;
   double scale, softcap;
-  int64_t left, right;     // window; negative: no limit
-  const float* slopes;     // index sequence * slopes_sequence + head, or null
+  int64_t left, right;  // window; negative: no limit
+  const float* slopes;  // index sequence * slopes_sequence + head, or null
   int64_t slopes_sequence;
-  const float* sink;       // [heads], or null
-  const bool* tree;        // [queries of all sequences][new tokens of a sequence], or null
+  const float* sink;  // [heads], or null
+  const bool* tree;   // [queries of all sequences][new tokens of a sequence], or null
   int64_t tree_query, tree_token;
   const PagedSequence* sequences;
   float* partials;  // [partial][value_dim + 2]: output, maximum and sum of one row and range

@@ -1,0 +1,215 @@
+// What an item of paged_attention works with: its rows and what each of them sees, the thread's scratch, and the keys and
+// values of a step, packed. Included inside an instruction-set region after vec.h, tile_gemm.h, transpose.h and
+// attention_pack.h.
+
+namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
+namespace {
+
+constexpr int kStepKeys = 128;                    // as flash_attention's: the sums of a row are grouped by them
+constexpr int kFoldKeys = 64;                     // whole pieces of multiply_folded, whatever a word holds
+constexpr int kStepVectors = kStepKeys / kLanes;  // registers of scores of a row
+constexpr int kBlockRows = kTileRows;             // rows multiplied together
+// Registers of a product with so many rows: enough chains to hide the latency of the multiply-add, and no more
+// accumulators than there are registers.
+template <int Rows>
+constexpr int kProductVectors = Rows >= 4   ? 2
+                                : Rows == 2 ? (kTileRows == 2 ? 2 : 4)
+                                            : 4;
+constexpr int kWidestProduct = 4 * kLanes;
+
+template <int N>
+struct IntTag {
+  static constexpr int value = N;
+};
+
+typedef float Quad __attribute__((vector_size(16)));
+
+struct Row {
+  const char* q;
+  int64_t first, last;  // visible keys, inclusive
+  const bool* tree;     // of key `tree_begin` and those after it; or null
+  int64_t tree_begin;
+  float slope, diagonal;
+  int64_t query, head;  // of its sequence
+};
+
+// The softmax of a row over some keys.
+struct State {
+  float max, sum;
+};
+
+template <class P>
+struct PagedScratch {
+  using Word = typename P::Word;
+  int64_t q_words, q_stride, value_stride;
+  Row* rows;
+  State *state, *total;
+  Word *q, *k_t, *p_words;
+  float *o, *total_o, *s, *scale_k, *scale_v;
+  Arena arena;
+  Contracted<P> v;
+  char* end;
+
+  PagedScratch(const PagedAttentionParams& p, int64_t count, void* memory)
+      : value_stride(row_stride<float>(round_up(p.value_dim, kWidestProduct))),
+        arena(memory),
+        v(arena, kStepKeys / P::kPerWord, value_stride) {
+    q_words = (p.head_dim + P::kPerWord - 1) / P::kPerWord;
+    q_stride = row_stride<float>(q_words);
+    rows = arena.take<Row>(count);
+    state = arena.take<State>(count);
+    total = arena.take<State>(count);
+    q = arena.take<Word>(count * q_stride);
+    k_t = arena.take<Word>(round_up(q_words, kLanes) * kStepKeys);
+    p_words = arena.take<Word>(kBlockRows * kStepKeys);
+    s = arena.take<float>(kBlockRows * kStepKeys);
+    scale_k = arena.take<float>(kStepKeys);
+    scale_v = arena.take<float>(kStepKeys);
+    o = arena.take<float>(count * value_stride);
+    total_o = arena.take<float>(count * value_stride);
+    end = arena.end();
+  }
+};
+
+// ---- what a row sees ----
+
+template <class P, class T>
+int64_t set_rows(const PagedAttentionParams& p, const PagedItem& item, PagedScratch<P>& scratch) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < item.span_count; ++i) {
+    const RowSpan span = item.spans[i];
+    const PagedSequence& s = p.sequences[span.sequence];
+    for (int64_t r = span.row_begin; r < span.row_end; ++r, ++count) {
+      Row& row = scratch.rows[count];
+      row.query = r / p.group;
+      row.head = item.kv_head * p.group + r % p.group;
+      const int64_t token = s.query_begin + row.query, diagonal = s.keys - s.queries + row.query;
+      row.q = p.q + (token * p.q_token + row.head * p.q_head) * int64_t(sizeof(T));
+      row.first = p.left < 0 ? 0 : max_of<int64_t>(0, diagonal - p.left);
+      row.last = p.right < 0 ? s.keys - 1 : min_of(s.keys - 1, diagonal + p.right);
+      row.tree = p.tree ? p.tree + token * p.tree_query : nullptr;
+      row.tree_begin = s.keys - s.queries;
+      row.slope = p.slopes ? p.slopes[span.sequence * p.slopes_sequence + row.head] : 0;
+      row.diagonal = float(diagonal);
+      const T* q = reinterpret_cast<const T*>(row.q);
+      T stage[kLanes * P::kPerWord];
+      for (int64_t w = 0; w < scratch.q_words; w += kLanes) {
+        const int64_t from = w * P::kPerWord, n = min_of<int64_t>(kLanes * P::kPerWord, p.head_dim - from);
+        const T* part = contiguous(q + from * p.q_dim, p.q_dim, n, stage);
+        const Vec<float> words = load_row_words<P>(part, 0, n);
+        __builtin_memcpy(scratch.q + count * scratch.q_stride + w, &words, sizeof words);
+      }
+    }
+  }
+  return count;
+}
+
+// ---- packing ----
+
+// Rows of K or V in the dtype of q, or int8.
+template <class T>
+GK_INLINE const T* key_row(const PagesView& view, const int32_t* pages, int64_t page_size, int64_t key, int64_t head) {
+  const int64_t page = key / page_size, token = key - page * page_size;
+  return reinterpret_cast<const T*>(view.data) + pages[page] * view.page + token * view.token + head * view.head;
+}
+
+GK_INLINE VecF int8_to_float(const int8_t* from, int64_t n) {
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes = {};
+  __builtin_memcpy(&bytes, from, n < kLanes ? n : kLanes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, VecI), VecF);
+}
+
+// One register of words from element `word * kPerWord` of a row of n.
+template <class P, class T>
+GK_INLINE VecF row_words(const T* row, int64_t word, int64_t n) {
+  if constexpr (sizeof(T) > 1) {
+    return load_row_words<P>(row, word, n);
+  } else if constexpr (P::kPerWord == 1) {
+    return int8_to_float(row + word, n - word);
+  } else {  // an int8 is a bf16 exactly
+    VecF words = {};
+#if GENAI_KERNELS_ISA_BF16
+    alignas(64) int8_t bytes[2 * kLanes] = {};
+    const int64_t left = n - 2 * word;
+    __builtin_memcpy(bytes, row + 2 * word, left < 2 * kLanes ? left : 2 * kLanes);
+    const VecF low = int8_to_float(bytes, kLanes), high = int8_to_float(bytes + kLanes, kLanes);
+    words = (VecF)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#endif
+    return words;
+  }
+}
+template <class T>
+GK_INLINE VecF row_values(const T* row, int64_t i, int64_t n) {
+  if constexpr (sizeof(T) > 1)
+    return load_at(row, i, n);
+  else
+    return int8_to_float(row + i, n - i);
+}
+
+// k_t[words][kStepKeys] = K^T of keys [from, to) of the step at `key`, zeros for the other keys up to `padded`.
+template <class P, class T>
+void pack_keys(const PagedAttentionParams& p, const int32_t* pages, int64_t kv_head, int64_t key, int64_t from,
+               int64_t to, int64_t padded, const PagedScratch<P>& scratch) {
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const T* lanes[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t at = key + i + l;
+      lanes[l] = from <= at && at < to ? key_row<T>(p.k, pages, p.page_size, at, kv_head) : nullptr;
+    }
+    for (int64_t w = 0; w < scratch.q_words; w += kLanes) {
+      VecF x[kLanes];
+      for (int l = 0; l < kLanes; ++l) x[l] = lanes[l] ? row_words<P>(lanes[l], w, p.head_dim) : VecF{};
+      transpose(x);
+      GK_UNROLL for (int l = 0; l < kLanes; ++l)  // rows past q_words lie in the rounding of k_t
+          __builtin_memcpy(scratch.k_t + (w + l) * kStepKeys + i, &x[l], sizeof x[l]);
+    }
+  }
+}
+
+// V of the same keys, from the step's first one on: [key words][value_stride].
+template <class P, class T>
+bool pack_values(const PagedAttentionParams& p, const int32_t* pages, int64_t kv_head, int64_t key, int64_t from,
+                 int64_t to, const PagedScratch<P>& scratch) {
+  Finiteness<float> finite;
+  const auto row_of = [&](int64_t at) {
+    return from <= at && at < to ? key_row<T>(p.v, pages, p.page_size, at, kv_head) : nullptr;
+  };
+  typename P::Word* out = scratch.v.packed;
+  for (int64_t at = key; at < key + round_up(to - key, kKeyGroup); at += P::kPerWord, out += scratch.v.stride) {
+    const T *row = row_of(at), *next = P::kPerWord == 2 ? row_of(at + 1) : nullptr;
+    for (int64_t d = 0; d < scratch.value_stride; d += kLanes) {
+      const VecF x = row && d < p.value_dim ? row_values(row, d, p.value_dim) : VecF{};
+      finite.see(x);
+      if constexpr (P::kPerWord == 1) {
+        __builtin_memcpy(out + d, &x, sizeof x);
+      } else {
+        const VecF y = next && d < p.value_dim ? row_values(next, d, p.value_dim) : VecF{};
+        finite.see(y);
+        const VecU words = (bit_cast<VecU>(x) >> 16) | (bit_cast<VecU>(y) & 0xffff0000);  // exact: they are bf16
+        __builtin_memcpy(out + d, &words, sizeof words);
+      }
+    }
+  }
+  return finite.all_finite();
+}
+
+void pack_scales(const PagedAttentionParams& p, const PagesView& view, const int32_t* pages, int64_t kv_head,
+                 int64_t key, int64_t from, int64_t to, float* out) {
+  for (int64_t i = 0; i < kStepKeys; ++i) {
+    const int64_t at = key + i, page = at / p.page_size, token = at - page * p.page_size;
+    out[i] = from <= at && at < to
+                 ? view.scale[pages[page] * view.scale_page + token * view.scale_token + kv_head * view.scale_head]
+                 : 0;
+  }
+}
+
+template <class T>
+GK_INLINE void prefetch_key(const PagesView& view, const int32_t* pages, int64_t page_size, int64_t key, int64_t head,
+                            int64_t dim) {
+  const T* row = key_row<T>(view, pages, page_size, key, head);
+  for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+}
+
+}  // namespace
+}  // namespace genai_kernels::GENAI_KERNELS_ISA_NAME
