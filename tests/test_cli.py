@@ -248,6 +248,25 @@ def test_demo_outside_a_checkout_is_one_sentence(without_library, monkeypatch, c
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_demo_runs_its_chapters(monkeypatch, capsys):
+    from genai_kernels.cli import demo
+
+    ran = []
+
+    def run(command, **options):
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, returncode=len(ran) - 1)
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    assert cli.main(["demo"]) == 1  # the second one failed
+    assert ran == list(demo.CHAPTERS.values())
+    assert cli.main(["demo", "--chapter", "serving", "--out", "x"]) == 2
+    assert ran[2:] == [["python_models.serving_demo", "--out", "x"]]
+    assert cli.main(["demo", "--out", "x"]) == 2  # whose option?
+    assert "expected --chapter (training, serving) with --out x" in capsys.readouterr().err
+    assert len(ran) == 3
+
+
 # ---- bench ----
 
 

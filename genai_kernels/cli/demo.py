@@ -1,6 +1,7 @@
-"""The demonstration: trains the character-level language model with these kernels and with the eager reference.
+"""The demonstration, in chapters: a character-level language model trained with these kernels and with the eager
+reference; a Llama that serves several requests at once.
 
-Runs python_models/char_lm.py of a checkout; whatever follows is handed to it.
+Runs the programs of python_models/ of a checkout.
 """
 
 from __future__ import annotations
@@ -11,30 +12,46 @@ import sys
 from pathlib import Path
 
 TAKES_MORE = True
+# name -> the module and what it is started with
+CHAPTERS = {
+    "training": ["python_models.char_lm", "demo"],
+    "serving": ["python_models.serving_demo"],
+}
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "options: those of `python -m python_models.char_lm demo --help`"
+    parser.add_argument("--chapter", choices=CHAPTERS, help="only this one")
+    modules = " and ".join(f"`python -m {' '.join(program)} --help`" for program in CHAPTERS.values())
+    parser.epilog = f"more options, with --chapter: those of {modules}"
 
 
-def find_model() -> Path | None:
-    """The model's file: beside the package in a checkout, or in the folder that the command was started in."""
+def find_checkout() -> Path | None:
+    """The folder with python_models/: around the package in a checkout, or the one that the command was started in."""
     for folder in (_ROOT, Path.cwd()):
-        model = folder / "python_models" / "char_lm.py"
-        if model.is_file() and (folder / "genai_kernels").is_dir():
-            return model
+        if (folder / "python_models" / "char_lm.py").is_file() and (folder / "genai_kernels").is_dir():
+            return folder
     return None
 
 
 def run(arguments: argparse.Namespace) -> int:
-    model = find_model()
-    if model is None:
+    folder = find_checkout()
+    if folder is None:
         print(
             "genai_kernels demo: expected a checkout of the repository (python_models/char_lm.py), found only the "
             "installed package: clone the repository and run `make demo` there",
             file=sys.stderr,
         )
         return 1
-    command = [sys.executable, "-m", "python_models.char_lm", "demo", *arguments.rest]
-    return subprocess.run(command, cwd=model.parents[1], check=False).returncode
+    if arguments.rest and not arguments.chapter:
+        print(
+            f"genai_kernels demo: expected --chapter ({', '.join(CHAPTERS)}) with {' '.join(arguments.rest)}: each has "
+            "options of its own",
+            file=sys.stderr,
+        )
+        return 2
+    worst = 0
+    for name in [arguments.chapter] if arguments.chapter else CHAPTERS:
+        command = [sys.executable, "-m", *CHAPTERS[name], *arguments.rest]
+        worst = max(worst, subprocess.run(command, cwd=folder, check=False).returncode)
+    return worst
