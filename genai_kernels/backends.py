@@ -118,32 +118,23 @@ class Choice:
         return self.backend == "reference" and bool(self.rejected)
 
 
-def _in_cuda_cpp(op: str) -> bool:
-    """True if the library registered a CUDA kernel for the torch op behind a public function."""
+def _is_written(backend: str, op: str) -> bool:
+    """True if the op declares a kernel for this backend."""
     from .registry import OPS
 
-    name = (OPS[op].overloads or (op,))[0] if op in OPS else op
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"genai_kernels_cuda::{name}", "CUDA")
-
-
-def _for_the_cpu_alone(op: str) -> bool:
-    from .registry import OPS
-
-    return op in OPS and not OPS[op].gpu
+    return op not in OPS or backend in OPS[op].gpu
 
 
 def _why_no_kernel(backend: str, op: str, capability: tuple[int, int], dtype: torch.dtype) -> str:
     """Why a kernel on the GPU cannot serve; empty if it can. Whether it is proven is another question."""
     card = f"{capability[0]}.{capability[1]}"
-    if _for_the_cpu_alone(op):
-        return "it has kernels for the CPU alone"
+    if not _is_written(backend, op):
+        return f"it has no kernel in {'CUDA C++' if backend == 'cuda' else 'Triton'}"
     if dtype not in _LOW:
         return f"its kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if backend == "cuda":
         if not built_with_cuda():
             return "this library was built without CUDA kernels"
-        if not _in_cuda_cpp(op):
-            return "it has no kernel in CUDA C++"
         if not CUDA_FROM <= capability <= CUDA_TO:
             return f"its machine code is for compute capabilities 8.0 to 9.0, this card has {card}"
         return ""

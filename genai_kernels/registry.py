@@ -106,7 +106,7 @@ class Op:
     magnitude: Callable[..., Any] | None = None
     differentiable: bool = True
     exact: bool = False  # results are compared bit for bit
-    gpu: bool = True  # it has kernels for the GPU, in CUDA C++ or Triton; otherwise PyTorch serves there, a fallback
+    gpu: tuple[str, ...] = ("cuda", "triton")  # in what it has kernels for the GPU; else PyTorch serves, a fallback
     mutates: bool = False  # it writes into some of its arguments, and returns those
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # same arguments as the op
     overloads: tuple[str, ...] = ()  # names of the torch ops behind it, for opcheck and explain

@@ -19,6 +19,7 @@ class Mutant:
 ATTENTION = "csrc/ops/flash_attention/"
 FORWARD, BACKWARD = ATTENTION + "flash_attention_cpu.cpp", ATTENTION + "flash_attention_bwd_cpu.cpp"
 DELTA = ATTENTION + "flash_attention_delta_cpu.cpp"
+PAGED = "csrc/ops/paged_attention/"
 TILE, HOST = ATTENTION + "tile.h", ATTENTION + "flash_attention.cpp"
 
 
@@ -41,8 +42,6 @@ MUTANTS = [
         ("aligned at the top left", "diagonal = at + shift;", "diagonal = at;"),
         ("wrong head of a group", "kv_head * p.group + in_group", "kv_head + in_group * p.kv_heads"),
         ("wrong query of a group", "query[lane] = at;", "query[lane] = in_group;"),
-        ("a NaN that nobody sees spreads", "finite = all_finite ? packed : copy;", "finite = packed;"),
-        ("a seen NaN is dropped", "value - value != 0) add(r, d, value)", "false && value != 0) add(r, d, value)"),
         ("a masked NaN is seen", "!(bias && bias[lane] == -kInfinity<C>)", "true"),
         ("edges never masked", "most_first <= key && key + keys - 1 <= least_last", "true"),
         ("left edge never masked", "most_first <= key && key + keys - 1 <= least_last", "key + keys - 1 <= least_last"),
@@ -57,7 +56,6 @@ MUTANTS = [
             "round_up(most_last + 1 - origin, kKeyGroup)",
             "(most_last + 1 - origin) / kKeyGroup * kKeyGroup",
         ),
-        ("tail of a row skipped", "load(row + i) : load_first(row + i, n - i)", "load(row + i) : Vec<Compute<T>>{}"),
         ("last visible key masked", "(at > last)", "(at >= last)"),
         ("first visible key masked", "(at < first)", "(at <= first)"),
         ("bias of the first sequence for all", "batch * p.bias.batch", "0 * p.bias.batch"),
@@ -79,6 +77,14 @@ MUTANTS = [
         ),
         ("dropout of four keys at once", "words[i][lane] >= threshold", "words[0][lane] >= threshold"),
         ("dropout inverted", "words[i][lane] >= threshold", "words[i][lane] < threshold"),
+        units=(FORWARD, BACKWARD),
+    ),
+    *planted(
+        "flash_attention",
+        "csrc/cpu/attention_pack.h",
+        ("a NaN that nobody sees spreads", "finite = all_finite ? packed : copy;", "finite = packed;"),
+        ("a seen NaN is dropped", "value - value != 0) add(r, d, value)", "false && value != 0) add(r, d, value)"),
+        ("tail of a row skipped", "load(row + i) : load_first(row + i, n - i)", "load(row + i) : Vec<Compute<T>>{}"),
         ("NaN of hidden values multiplied", "sum = sum + (v - v);", "(void)v;"),
         units=(FORWARD, BACKWARD),
     ),
@@ -262,5 +268,72 @@ MUTANTS = [
         ("lse of the empty side", "a_empty ? p.lse_b : p.lse_a", "a_empty ? p.lse_a : p.lse_b"),
         ("token of the wrong row", "token(row / p.heads % p.tokens)", "token(row % p.tokens)"),
         ("gradient to the empty side", "a_empty ? C(0) : dlse;", "dlse;"),
+    ),
+    *planted(
+        "paged_attention",
+        PAGED + "item.h",
+        (
+            "page of the token before",
+            "const int64_t page = key / page_size, token",
+            "const int64_t page = (key > 0 ? key - 1 : 0) / page_size, token",
+        ),
+        ("place in the page forgotten", "token * view.token + head * view.head;", "head * view.head;"),
+        ("left edge one key further", "diagonal - p.left)", "diagonal - p.left - 1)"),
+        ("right edge one key nearer", "diagonal + p.right)", "diagonal + p.right - 1)"),
+        ("keys out of the window are read", "from <= at && at < to ? key_row<T>(p.v", "at < to ? key_row<T>(p.v"),
+        ("head of the wrong group", "item.kv_head * p.group + r % p.group", "item.kv_head + r % p.group"),
+        ("tree of the first token for all", "p.tree + token * p.tree_query", "p.tree"),
+        ("scale of the first head for all", "+ kv_head * view.scale_head]", "]"),
+        units=(kernel("paged_attention"),),
+    ),
+    *planted(
+        "paged_attention",
+        kernel("paged_attention"),
+        ("output never rescaled", "fma(load(to), broadcast(alpha[r]), x)", "load(to) + x"),
+        ("a range is not folded", "total.sum = fma(broadcast(total.sum), before, broadcast(state.sum) * now)[0];", ""),
+        (
+            "the later range unscaled",
+            "fma(load(total_o + d), before, load(o + d) * now)",
+            "fma(load(total_o + d), before, load(o + d))",
+        ),
+        ("scale of values forgotten", "x = x == VecF{} ? x : x *", "x = true ? x : x *"),
+        ("scale of keys forgotten", "x = x * load(scale_k + i);", ""),
+        ("tree forgotten for a seen NaN", "!(row.tree && at >= row.tree_begin", "!(false && at >= row.tree_begin"),
+        (
+            "a chain of the sum left out",
+            "(sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3])",
+            "(sum[r][0] + sum[r][1]) + sum[r][2]",
+        ),
+        ("pieces begin with the window", "key + (least - key) / kFoldKeys * kFoldKeys", "key + (least - key) / 8 * 8"),
+        ("sink of the first head for all", "p.sink[head]", "p.sink[0]"),
+        ("partial results in another order", "range < s.ranges(); ++range) {", "range + 1 < s.ranges(); ++range) {"),
+    ),
+    *planted(
+        "paged_attention",
+        PAGED + "paged_attention.cpp",
+        ("a range shared by one page", "size_t(last - first + 1) * sizeof(int32_t)", "sizeof(int32_t)"),
+        (
+            "a range that one sequence has not filled is shared",
+            "whole && (range + 1) * kRangeKeys <= other.keys",
+            "whole",
+        ),
+        (
+            "blocks of the table unchecked",
+            "check_pages(kOp, a.block_table.has_value(), s.pages, s.first_key, s.keys,",
+            "check_pages(kOp, a.block_table.has_value(), s.pages, s.keys, s.keys,",
+        ),
+    ),
+    *planted(
+        "append_kv_cache",
+        kernel("append_kv_cache"),
+        ("rotation of the wrong side", "fma(b, c, a * s)[0]", "fma(b, c, a * -s)[0]"),
+        ("skipped tokens are written", "if (slot < 0) continue;", "if (slot < -1) continue;"),
+        ("int8 scale of 128", "constexpr float kLargest = 127;", "constexpr float kLargest = 128;"),
+        ("NaN as a number", "if (finite != 0) {", "if (false) {"),
+    ),
+    *planted(
+        "append_kv_cache",
+        "csrc/ops/append_kv_cache/append_kv_cache.cpp",
+        ("a slot given twice is written", "  if (rising) return;", "  return;"),
     ),
 ]

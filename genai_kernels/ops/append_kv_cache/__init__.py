@@ -129,6 +129,7 @@ SAMPLES = [
     samples=SAMPLES,
     accuracy=Accuracy(),
     differentiable=False,
+    gpu=("triton",),
     mutates=True,
     overloads=("append_kv_cache", "append_kv_cache_int8"),
 )

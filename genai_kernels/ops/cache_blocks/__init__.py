@@ -49,7 +49,7 @@ def _half(m: Make) -> tuple[tuple[Any, ...], dict[str, Any]]:
                elements=2.0 * 256 * 16 * 8 * 128),
     ],
     differentiable=False,
-    gpu=False,  # what PyTorch's own indexing does well
+    gpu=(),  # what PyTorch's own indexing does well
     exact=True,
     mutates=True,
     overloads=("copy_blocks",),
@@ -93,7 +93,7 @@ def swap_blocks_reference(source: torch.Tensor, destination: torch.Tensor, block
         Sample("int32", lambda m: ((m(9, 16), m(5, 16), _mapping(m, 9, 5, 5, torch.int32)), {})),
     ],
     differentiable=False,
-    gpu=False,  # what PyTorch's own indexing does well
+    gpu=(),  # what PyTorch's own indexing does well
     exact=True,
     mutates=True,
     overloads=("swap_blocks",),
@@ -180,7 +180,7 @@ def _gathered(m: Make, lengths: list[int], size: int = 4, csr: bool = False, **o
         Sample("block_1", lambda m: _gathered(m, [9, 4], size=1)),
     ],
     differentiable=False,
-    gpu=False,  # what PyTorch's own indexing does well
+    gpu=(),  # what PyTorch's own indexing does well
     exact=True,
     overloads=("gather_kv_cache",),
 )

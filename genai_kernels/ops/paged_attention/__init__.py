@@ -21,6 +21,7 @@ _paged_attention_lse = kernel("paged_attention_lse")
     accuracy=samples.ACCURACY,
     magnitude=samples.magnitude,
     differentiable=False,
+    gpu=("triton",),
     overloads=("paged_attention", "paged_attention_lse"),
     peers=samples.PEERS,
 )
