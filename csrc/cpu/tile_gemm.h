@@ -84,15 +84,15 @@ GK_INLINE void multiply(Vec<typename P::Compute> (&c)[Rows][Vectors], const type
 // The same as a sum over pieces of kFold words: chains of 16, at the price of one addition in 32. For backward, whose
 // probabilities and dP carry the rounding of one such product each.
 constexpr int64_t kFold = 32;
-template <class P, int Rows, int Vectors>
+template <class P, int64_t Fold = kFold, int Rows, int Vectors>
 GK_INLINE void multiply_folded(Vec<typename P::Compute> (&c)[Rows][Vectors], const typename P::Word* a,
                                int64_t row_stride, int64_t depth_stride, const typename P::Word* b, int64_t b_stride,
                                int64_t depth) {
-  multiply<P>(c, a, row_stride, depth_stride, b, b_stride, depth < kFold ? depth : kFold);
-  for (int64_t k = kFold; k < depth; k += kFold) {
+  multiply<P>(c, a, row_stride, depth_stride, b, b_stride, depth < Fold ? depth : Fold);
+  for (int64_t k = Fold; k < depth; k += Fold) {
     Vec<typename P::Compute> piece[Rows][Vectors];
     multiply<P>(piece, a + k * depth_stride, row_stride, depth_stride, b + k * b_stride, b_stride,
-                depth - k < kFold ? depth - k : kFold);
+                depth - k < Fold ? depth - k : Fold);
     GK_UNROLL for (int i = 0; i < Rows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j) c[i][j] =
         c[i][j] + piece[i][j];
   }

@@ -30,6 +30,12 @@ namespace {
 
 // ---- one step for a few rows ----
 
+// True if the scores are scaled before their maximum is taken, and not within the exponent: where there is more to do
+// with them than to scale, and in float32, whose results show the rounding of an exponent's factor.
+GK_INLINE bool scores_are_scaled(const PagedAttentionParams& p) {
+  return p.dtype == Dtype::f32 || p.softcap > 0 || p.slopes || p.tree || !(p.scale > 0);
+}
+
 // out[Rows][vectors] = A B in whole products of registers.
 template <class P, int Rows, class Store>
 GK_INLINE void multiply_rows(const typename P::Word* a, int64_t a_stride, const typename P::Word* b, int64_t b_stride,
@@ -37,7 +43,7 @@ GK_INLINE void multiply_rows(const typename P::Word* a, int64_t a_stride, const 
   constexpr int kVectors = kProductVectors<Rows>;
   for (int64_t j = 0; j < columns; j += kVectors * kLanes) {
     VecF c[Rows][kVectors];
-    multiply_folded<P>(c, a, a_stride, 1, b + j, b_stride, depth);
+    multiply_folded<P, kPieceWords>(c, a, a_stride, 1, b + j, b_stride, depth);
     GK_UNROLL for (int r = 0; r < Rows; ++r) GK_UNROLL for (int v = 0; v < kVectors; ++v)
         store_product(r, j + v * kLanes, c[r][v]);
   }
@@ -50,7 +56,7 @@ GK_INLINE VecI key_numbers(int64_t key) {
 }
 
 // Raw products of a row to scores, in place, -inf where a key is not seen; the largest of them.
-template <bool Modified>
+template <bool Scaled>
 GK_INLINE float finish_scores(const PagedAttentionParams& p, const Row& row, int64_t key, int64_t columns,
                               const float* scale_k, float* s) {
   const VecF hidden = broadcast(-kInfinity<float>);
@@ -62,7 +68,7 @@ GK_INLINE float finish_scores(const PagedAttentionParams& p, const Row& row, int
     VecF x = load(s + i);
     if (p.int8_cache) x = x * load(scale_k + i);
     const VecI at = key_numbers(key + i);
-    if constexpr (Modified) {
+    if constexpr (Scaled) {
       x = x * scale;
       if (p.softcap > 0) x = cap * tanh(x * per_cap);
       if (p.slopes) {
@@ -90,18 +96,18 @@ GK_INLINE float finish_scores(const PagedAttentionParams& p, const Row& row, int
 template <class P, Exponential Kind, int Rows>
 void attend_rows(const PagedAttentionParams& p, const PagedScratch<P>& scratch, int64_t block, int64_t key,
                  int64_t begin, int64_t keys) {
-  constexpr bool kModified = Kind == Exponential::finest;
+  constexpr bool kScaled = Kind == Exponential::finest;
   const int64_t columns = round_up(keys, kProductVectors<Rows> * kLanes);
   const Row* rows = scratch.rows + block;
   multiply_rows<P, Rows>(scratch.q + block * scratch.q_stride, scratch.q_stride, scratch.k_t + (begin - key), kStepKeys,
                          scratch.q_words, columns,
                          [&](int r, int64_t i, VecF x) GK_LAMBDA_INLINE { store(scratch.s + r * kStepKeys + i, x); });
-  const VecF unit = broadcast(float((kModified ? 1 : p.scale) * 1.4426950408889634));
+  const VecF unit = broadcast(float((kScaled ? 1 : p.scale) * 1.4426950408889634));
   float alpha[Rows];
   for (int r = 0; r < Rows; ++r) {
     float* s = scratch.s + r * kStepKeys;
     State& state = scratch.state[block + r];
-    const float largest = finish_scores<kModified>(p, rows[r], begin, columns, scratch.scale_k + (begin - key), s);
+    const float largest = finish_scores<kScaled>(p, rows[r], begin, columns, scratch.scale_k + (begin - key), s);
     const float most = state.max > largest ? state.max : largest;
     const float finite = most == -kInfinity<float> ? 0 : most;  // -inf - -inf is kept out
     alpha[r] = probability_of<Kind>(broadcast(state.max - finite), unit)[0];
@@ -205,9 +211,9 @@ GK_INLINE void fold(double scale, State& total, float* total_o, const State& sta
 
 template <class T>
 void write_row(const PagedAttentionParams& p, int64_t token, int64_t head, const State& total, const float* o,
-               bool modified) {
-  const float scale = float(modified ? 1 : p.scale), top = total.max * scale;
-  double exact_top = double(total.max) * (modified ? 1 : p.scale);
+               bool scaled) {
+  const float scale = float(scaled ? 1 : p.scale), top = total.max * scale;
+  double exact_top = double(total.max) * (scaled ? 1 : p.scale);
   float sum = total.sum, beside_sink = 1;
   if (p.sink) {
     const float sink = p.sink[head], higher = top > sink ? top : sink;
@@ -242,14 +248,9 @@ void run_item(const PagedAttentionParams& p, const PagedItem& item, void* memory
   }
   first = max_of(first, item.key_begin);
   last = min_of(last, item.key_end - 1);
-  const bool modified = p.softcap > 0 || p.slopes || p.tree || !(p.scale > 0);
-  const bool narrow = p.dtype != Dtype::f32;
-  const auto run = modified ? attend<P, Exponential::finest>
-                   : narrow ? attend<P, Exponential::coarse>
-                            : attend<P, Exponential::fine>;
-  const auto fold_range = modified ? fold<Exponential::finest>
-                          : narrow ? fold<Exponential::coarse>
-                                   : fold<Exponential::fine>;
+  const bool scaled = scores_are_scaled(p);
+  const auto run = scaled ? attend<P, Exponential::finest> : attend<P, Exponential::coarse>;
+  const auto fold_range = scaled ? fold<Exponential::finest> : fold<Exponential::coarse>;
   for (int64_t range = first / kRangeKeys * kRangeKeys; range <= last; range += kRangeKeys) {
     for (int64_t r = 0; r < count; ++r) scratch.state[r] = {-kInfinity<float>, 0};
     for (int64_t i = 0; i < count * scratch.value_stride; ++i) scratch.o[i] = 0;
@@ -283,7 +284,7 @@ void run_item(const PagedAttentionParams& p, const PagedItem& item, void* memory
       const Row& at = scratch.rows[r];
       if (!item.partial) {
         write_row<T>(p, s.query_begin + at.query, at.head, scratch.total[r], scratch.total_o + r * scratch.value_stride,
-                     modified);
+                     scaled);
         continue;
       }
       float* to = partial_of(p, s, at.query, at.head, item.key_begin / kRangeKeys - s.first_key / kRangeKeys);
@@ -331,10 +332,8 @@ void paged_attention_kernel(const PagedAttentionParams& p, const PagedItem& item
 void paged_attention_fold_kernel(const PagedAttentionParams& p, int64_t sequence, int64_t head, void* scratch) {
   const PagedSequence& s = p.sequences[sequence];
   float* o = static_cast<float*>(scratch);
-  const bool modified = p.softcap > 0 || p.slopes || p.tree || !(p.scale > 0);
-  const auto fold_range = modified                ? fold<Exponential::finest>
-                          : p.dtype != Dtype::f32 ? fold<Exponential::coarse>
-                                                  : fold<Exponential::fine>;
+  const bool scaled = scores_are_scaled(p);
+  const auto fold_range = scaled ? fold<Exponential::finest> : fold<Exponential::coarse>;
   for (int64_t query = 0; query < s.queries; ++query) {
     State total = {-kInfinity<float>, 0};
     for (int64_t d = 0; d < p.value_dim; ++d) o[d] = 0;
@@ -344,7 +343,7 @@ void paged_attention_fold_kernel(const PagedAttentionParams& p, int64_t sequence
     }
     switch_dtype(p.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      if constexpr (sizeof(T) < 8) write_row<T>(p, s.query_begin + query, head, total, o, modified);
+      if constexpr (sizeof(T) < 8) write_row<T>(p, s.query_begin + query, head, total, o, scaled);
     });
   }
 }
