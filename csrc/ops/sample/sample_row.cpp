@@ -120,8 +120,8 @@ TokenChooser::Logits TokenChooser::narrow(const Logits& x, int64_t top_k) {
   return found_logits;
 }
 
-// How many logits are in each class, and what they weigh together. Blocks without weight are left out.
-void TokenChooser::classify(const Logits& x, const SampleScale& scale) {
+// What the logits of each class weigh together, and how many there are. Blocks without weight are left out.
+void TokenChooser::classify(const Logits& x, const SampleScale& scale, bool counts) {
   const int64_t blocks = x.blocks();
   block_class_.resize(size_t(blocks + kSampleBlock));
   for (int64_t b = 0; b < blocks; b += kSampleBlock)
@@ -136,10 +136,9 @@ void TokenChooser::classify(const Logits& x, const SampleScale& scale) {
     const int64_t n = x.size_of(b);
     sample_weights_kernel(x.dtype, x.from(b * kSampleBlock), n, scale, -double(kInfinity), 0, weights);
     sample_classes_kernel(x.dtype, x.from(b * kSampleBlock), n, scale, classes);
-    for (int64_t i = 0; i < n; ++i) {
-      ++class_count_[size_t(classes[i])];
-      class_weight_[size_t(classes[i])] += weights[i];
-    }
+    for (int64_t i = 0; i < n; ++i) class_weight_[size_t(classes[i])] += weights[i];
+    if (counts)
+      for (int64_t i = 0; i < n; ++i) ++class_count_[size_t(classes[i])];
   }
 }
 
@@ -199,7 +198,7 @@ TokenChooser::Kept TokenChooser::cut(const Logits& x, const SampleScale& scale, 
   if (few)
     list(x, scale, kEveryClass);
   else
-    classify(x, scale);
+    classify(x, scale, top_k < x.count);
   Rank last = 0;  // that is kept
   int64_t total = 0, listed = few ? kEveryClass : kSampleClasses;
   if (top_k < x.count) {

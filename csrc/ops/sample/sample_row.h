@@ -40,7 +40,7 @@ class TokenChooser {
   void penalise(const SampleRequest& r, Logits& x);
   Logits narrow(const Logits& x, int64_t top_k);
   Kept cut(const Logits& x, const SampleScale& scale, int64_t top_k, double top_p);
-  void classify(const Logits& x, const SampleScale& scale);
+  void classify(const Logits& x, const SampleScale& scale, bool counts);
   void list(const Logits& x, const SampleScale& scale, int64_t wanted);
   int64_t weight_of_ranks(const SampleScale& scale, int64_t begin, int64_t end);
   int64_t rank_that_reaches(const SampleScale& scale, int64_t weight);

@@ -85,8 +85,8 @@ def sample(
             not looked at.
         seed: of each request; any int64. None draws one for each from PyTorch's generator.
         offset: of this draw of the request, such as the position of the token; any int64. A request must not use one
-            twice. A batch of several rows needs a tensor for the seed or for the offset: with the same numbers for both,
-            all rows would draw alike.
+            twice. A batch of several rows needs a tensor for the seed or for the offset: with the same two numbers, all
+            rows would draw alike.
         return_logprobs: also return logarithms of probabilities, natural.
 
     Returns:
@@ -99,8 +99,8 @@ def sample(
         IndexError: a token of `previous_tokens` that is not in the vocabulary.
         TypeError: dtypes that do not fit.
 
-    Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019 (top-p); Nguyen et al., "Turning Up the
-    Heat: Min-p Sampling", 2024; Keskar et al., "CTRL", 2019 (repetition penalty); Salmon et al., "Parallel Random
+    Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019 (top-p); Nguyen et al., "Turning Up
+    the Heat: Min-p Sampling", 2024; Keskar et al., "CTRL", 2019 (repetition penalty); Salmon et al., "Parallel Random
     Numbers: As Easy as 1, 2, 3", 2011 (Philox). The draw inverts the distribution function.
 
     >>> import torch, genai_kernels as gk

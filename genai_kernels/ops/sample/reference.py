@@ -53,7 +53,7 @@ def weights_of(y: torch.Tensor, largest: torch.Tensor, rate: torch.Tensor) -> to
 
 def column(value: Any, batch: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A number or a tensor `[batch]` as `[batch, 1]`."""
-    return torch.as_tensor(value, device=device).to(dtype).expand(batch).unsqueeze(1)
+    return torch.as_tensor(value, dtype=dtype, device=device).expand(batch).unsqueeze(1)
 
 
 def sample_reference(

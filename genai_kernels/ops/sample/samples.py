@@ -9,12 +9,14 @@ import torch
 from ...registry import Make, Sample
 
 
-def drawn(m: Make, batch: int, vocab: int, scale: float = 3.0, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def drawn(
+    m: Make, batch: int, vocab: int, scale: float = 3.0, **options: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call of sample: normal logits, a seed for each request."""
     return (m(batch, vocab, scale=scale),), {"seed": m.ints(-(2**62), 2**62, (batch,), torch.int64), **options}
 
 
-def seen(m: Make, batch: int, vocab: int, tokens: int, dtype: torch.dtype = torch.int64) -> dict[str, torch.Tensor]:
+def seen(m: Make, batch: int, vocab: int, tokens: int, dtype: torch.dtype = torch.int64) -> dict[str, Any]:
     """Previous tokens with padding that is not in the vocabulary."""
     lens = m.ints(0, tokens + 1, (batch,))
     previous = m.ints(0, vocab, (batch, tokens), dtype)
