@@ -286,8 +286,8 @@ MUTANTS = [
         ("high half of the offset ignored", "{uint32_t(offset >> 32)}", "{0}"),
         (
             "penalty on a penalised logit",
-            "static_cast<const char*>(r.logits) + token * r.stride",
-            "static_cast<const char*>(x.data) + token",
+            "double(y) / r.repetition_penalty",
+            "double(own_[size_t(token)]) / r.repetition_penalty",
         ),
         ("penalty the wrong way", "y > 0 ? double(y) / r", "y < 0 ? double(y) / r"),
         (
@@ -301,9 +301,13 @@ MUTANTS = [
             "total += weight_of_ranks(scale, 0, int64_t(ranks_.size()));",
         ),
         ("boundary class one late", "wanted > class_weight_[size_t(c)]", "wanted >= class_weight_[size_t(c)]"),
-        ("top_p replaces top_k", "last = std::max(last, ranks_", "last = std::max<Rank>(0, ranks_"),
         ("all equal logits kept", "place_of(last) + 1, 0}", "x.count, 0}"),
         ("negligible too early", "kSampleBits - 1.01)", "kSampleBits + 9.0)"),
+        (
+            "equal logits of the narrowed row",
+            "tokens_.begin() + x.count, kept.equals_end) - tokens_.begin();",
+            "tokens_.begin() + x.count, kept.equals_end) - tokens_.begin() + 1;",
+        ),
         ("token within the narrowed row", "choice.token = tokens_[size_t(choice.token)];", ";"),
         ("a temperature near 0 divides by it", "std::min(kLog2E / r.temperature, 0x1p1000)", "kLog2E / r.temperature"),
         (

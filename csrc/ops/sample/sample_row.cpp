@@ -95,13 +95,16 @@ void TokenChooser::penalise(const SampleRequest& r, Logits& x) {
   x.data = reinterpret_cast<const char*>(own_.data());
 }
 
-// The logits that are at least the top_k-th largest of the blocks' maxima: all of the top_k largest are among them, and
-// seldom many more.
-TokenChooser::Logits TokenChooser::narrow(const Logits& x, int64_t top_k) {
+// The rank-th largest of the blocks' maxima, counted from 1: as many logits at least reach it, and seldom many more.
+float TokenChooser::block_maximum(const Logits& x, int64_t rank) {
   narrow_maxima_.assign(x.maxima, x.maxima + x.blocks());
-  std::nth_element(narrow_maxima_.begin(), narrow_maxima_.begin() + (top_k - 1), narrow_maxima_.end(),
-                   std::greater<float>());
-  const float low = narrow_maxima_[size_t(top_k - 1)];
+  const auto at = narrow_maxima_.begin() + (rank - 1);
+  std::nth_element(narrow_maxima_.begin(), at, narrow_maxima_.end(), std::greater<float>());
+  return *at;
+}
+
+// The logits that are not below `low`.
+TokenChooser::Logits TokenChooser::narrow(const Logits& x, float low) {
   int64_t found = 0;
   float room[kSampleBlock];
   for (int64_t b = 0; b < x.blocks(); ++b) {
@@ -144,22 +147,18 @@ void TokenChooser::classify(const Logits& x, const SampleScale& scale, bool coun
 
 // The ranks of a class, in no order.
 void TokenChooser::list(const Logits& x, const SampleScale& scale, int64_t wanted) {
-  int64_t found = 0;
+  ranks_.clear();
   float room[kSampleBlock];
-  int32_t classes[kSampleBlock] = {};
+  int32_t classes[kSampleBlock];
   for (int64_t b = 0; b < x.blocks(); ++b) {
     if (wanted != kEveryClass) {
       if (block_class_[size_t(b)] > wanted) continue;
       sample_classes_kernel(x.dtype, x.from(b * kSampleBlock), x.size_of(b), scale, classes);
     }
-    ranks_.resize(size_t(found + kSampleBlock));
     const float* y = floats(x, b, room);
-    for (int64_t i = 0, n = x.size_of(b); i < n; ++i) {
-      ranks_[size_t(found)] = rank_of(y[i], b * kSampleBlock + i);
-      found += wanted == kEveryClass || classes[i] == wanted;
-    }
+    for (int64_t i = 0, n = x.size_of(b); i < n; ++i)
+      if (wanted == kEveryClass || classes[i] == wanted) ranks_.push_back(rank_of(y[i], b * kSampleBlock + i));
   }
-  ranks_.resize(size_t(found));
 }
 
 int64_t TokenChooser::weight_of_ranks(const SampleScale& scale, int64_t begin, int64_t end) {
@@ -227,7 +226,8 @@ TokenChooser::Kept TokenChooser::cut(const Logits& x, const SampleScale& scale, 
       for (; wanted > class_weight_[size_t(c)]; ++c) wanted -= class_weight_[size_t(c)];
       if (listed != c) list(x, scale, c);
     }
-    last = std::max(last, ranks_[size_t(rank_that_reaches(scale, wanted) - 1)]);
+    // never beyond top_k's: what that kept reaches any share of itself
+    last = ranks_[size_t(rank_that_reaches(scale, wanted) - 1)];
   }
   if (!last) return {-kInfinity, x.count, 0};
   return {logit_of(last), place_of(last) + 1, 0};
@@ -294,11 +294,16 @@ SampleChoice TokenChooser::choose(const SampleRequest& r, bool with_logprobs) {
     const SampleScale scale{x.largest, std::min(kLog2E / r.temperature, 0x1p1000)};
     bool narrowed = false;
     if (x.count > kFew && r.top_k <= x.blocks()) {
-      x = narrow(x, r.top_k);
+      x = narrow(x, block_maximum(x, r.top_k));
       narrowed = true;
     }
     Kept kept{-kInfinity, x.count, 0};
     if (r.top_k < x.count || r.top_p < 1) kept = cut(x, scale, r.top_k, r.top_p);
+    if (!narrowed && x.count > kFew && kept.low > -kInfinity) {  // one more pass of comparisons saves exponentials
+      x = narrow(x, kept.low);
+      narrowed = true;
+      kept.equals_end = std::lower_bound(tokens_.begin(), tokens_.begin() + x.count, kept.equals_end) - tokens_.begin();
+    }
     kept.least = std::ceil(r.min_p * kUnit);
     const int64_t total = weigh(x, scale, kept);
     int64_t left = int64_t((unsigned __int128)random_bits(r.seed, r.offset) * uint64_t(total) >> 64);

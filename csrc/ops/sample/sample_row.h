@@ -38,7 +38,8 @@ class TokenChooser {
 
   bool measure(Logits& x, std::vector<float>& maxima);
   void penalise(const SampleRequest& r, Logits& x);
-  Logits narrow(const Logits& x, int64_t top_k);
+  float block_maximum(const Logits& x, int64_t rank);
+  Logits narrow(const Logits& x, float low);
   Kept cut(const Logits& x, const SampleScale& scale, int64_t top_k, double top_p);
   void classify(const Logits& x, const SampleScale& scale, bool counts);
   void list(const Logits& x, const SampleScale& scale, int64_t wanted);
