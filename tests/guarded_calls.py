@@ -65,6 +65,10 @@ def rows(n, dtype, stride, guards):
     yield "layer residual", gk.layer_norm, (x, w, b), {"residual": r}
     for function in (gk.silu_and_mul, gk.gelu_and_mul, gk.gelu_tanh_and_mul):
         yield function.__name__, function, (wide,), {}
+    tokens, seeds = torch.randint(n, (5, 4)), torch.arange(5)
+    yield "sample", gk.sample, (x.detach(),), {"top_p": 0.8, "seed": seeds, "return_logprobs": True}
+    options = {"top_k": n // 2, "previous_tokens": tokens, "repetition_penalty": torch.rand(5) + 0.5, "seed": seeds}
+    yield "sample top_k", gk.sample, (x.detach(),), options
     o = make(1, 3, 2, n), make(1, 3, 2, n)
     lse = torch.randn(1, 2, 3, requires_grad=True), torch.randn(1, 2, 3, requires_grad=True)
     yield "merge", gk.merge_attention_states, (o[0], lse[0], o[1], lse[1]), {}

@@ -183,6 +183,15 @@ def test_rotary_and_merge_with_far_strides(sparse):
     assert same_bits(gk.merge_attention_states(*far, o_b, lse_b), merged)
 
 
+@pytest.mark.parametrize("strides", [(FAR, 1), (1, FAR)], ids=["rows", "columns"])
+def test_sample_with_far_strides(sparse, strides):
+    x, previous, seeds = torch.randn(3, 4), torch.tensor([[0, 1], [3, 3], [2, 0]], dtype=torch.int32), torch.arange(3)
+    far = sparse.flat.view(torch.int32).as_strided((3, 2), strides, 5 * FAR).copy_(previous)
+    options = {"top_k": 3, "top_p": 0.9, "repetition_penalty": 1.5, "seed": seeds, "return_logprobs": True}
+    expected = gk.sample(x, previous_tokens=previous, **options)
+    assert same_bits(list(gk.sample(sparse.like(x, strides), previous_tokens=far, **options)), list(expected))
+
+
 # ---- memory ----
 
 LINEAR = """
