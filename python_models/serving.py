@@ -320,17 +320,12 @@ class Engine:
         if penalised:
             width = max(map(len, texts))
             extra["previous_tokens"] = torch.tensor([t + [t[-1]] * (width - len(t)) for t in texts])
-        chosen = gk.sample(
-            torch.cat([logits_of[b] for b in branches]),
-            temperature=torch.tensor([o.temperature for o in options]),
-            top_k=torch.tensor([o.top_k for o in options]),
-            top_p=torch.tensor([o.top_p for o in options]),
-            min_p=torch.tensor([o.min_p for o in options]),
-            repetition_penalty=torch.tensor([o.repetition_penalty for o in options]),
-            seed=torch.tensor([o.seed for o in options]),
-            offset=torch.tensor([len(t) for t in texts]),  # the place in the text: the same whatever led to it
-            **extra,
-        ).tolist()
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            extra[name] = torch.tensor([getattr(o, name) for o in options], dtype=torch.float64)
+        for name in ("top_k", "seed"):
+            extra[name] = torch.tensor([getattr(o, name) for o in options])
+        offset = torch.tensor([len(t) for t in texts])  # the place in the text: the same whatever led to it
+        chosen = gk.sample(torch.cat([logits_of[b] for b in branches]), offset=offset, **extra).tolist()
         counts = iter(chosen)
         return [list(itertools.islice(counts, b.drafted + 1)) for b in branches]
 

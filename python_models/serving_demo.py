@@ -107,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("")
     firsts = [1e3 * (pieces[0][0] - begin) for pieces in said]
     summary = (
-        f"{len(PROMPTS)} answers in {elapsed:.2f} s, in {engine.steps} steps of the engine; the first piece of each after "
-        f"{min(firsts):.0f} to {max(firsts):.0f} ms; {stats['used']} of {engine.blocks.num_blocks} blocks still in use."
+        f"{len(PROMPTS)} answers in {elapsed:.2f} s, in {engine.steps} steps of the engine; the first piece of each "
+        f"after {min(firsts):.0f} to {max(firsts):.0f} ms; {stats['used']} of {engine.blocks.num_blocks} blocks still "
+        "in use."
     )
     say(summary)
 

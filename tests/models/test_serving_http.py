@@ -1,4 +1,4 @@
-"""The server over a real socket: OpenAI's shape, clear refusals, clients that go away, and an intact pool after it all."""
+"""The server over a real socket: OpenAI's shape, clear refusals, clients that go away, an intact pool after it all."""
 
 import concurrent.futures
 import http.client
