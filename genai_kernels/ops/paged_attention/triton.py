@@ -26,13 +26,14 @@ _FOLDED = 512  # elements that a program of fold_kernel holds: four for each thr
 def _tiles(block: int, fine: bool) -> dict[str, int]:
     """Rows and keys of a tile, and how it is run, by head_dim and dtype alone: a row's bits depend on the keys of a
     tile, and on which instruction multiplies it. 64 rows are the least for the warp group's product on sm_90; where
-    fewer exist, as in decoding, the product is far below the time of the loads all the same.
+    fewer exist, as in decoding, the product is far below the time of the loads all the same. 32 keys leave registers for
+    the sums of two softmaxes, and for three programs side by side where there is one.
     """
     if fine:
         return {"M": 16, "N": 32 if block <= 128 else 16, "num_warps": 4, "num_stages": 1}
     if block > 128:
         return {"M": 16, "N": 32 if block <= 256 else 16, "num_warps": 4, "num_stages": 2}
-    return {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
+    return {"M": 64, "N": 32, "num_warps": 4, "num_stages": 4}
 
 
 class _Call(NamedTuple):

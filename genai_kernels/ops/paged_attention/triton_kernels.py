@@ -196,6 +196,7 @@ def attend_kernel(
     if HAS_ALIBI:
         slope = tl.load(slopes + b * slopes_b + h, mask=there, other=0.0)[:, None]
     pages = table + (tl.load(lengths + b) if LISTS else b.to(tl.int64) * table_b)
+    tree_at = tree + q_begin.to(tl.int64) * tree_q if HAS_TREE else tree
     head = kv_head.to(tl.int64)
     top = tl.full((M,), float("-inf"), tl.float32)
     sum_all, o_all = tl.zeros((M,), wide), tl.zeros((M, V), wide)
@@ -209,7 +210,9 @@ def attend_kernel(
             page = tl.load(pages + j // BLOCK, mask=known, other=0).to(tl.int64)
             at = (j % BLOCK).to(tl.int64)
             k_at = page * k_p + at * k_t + head * k_h
-            k_tile = tl.load(k + k_at[:, None] + d, mask=known[:, None] & (d < dim), other=0).to(q_tile.dtype)
+            k_tile = tl.load(k + k_at[:, None] + d, mask=known[:, None] & (d < dim), other=0)
+            if INT8:
+                k_tile = k_tile.to(tl.float32).to(q_tile.dtype)
             s = product(q_tile, tl.trans(k_tile), WIDE)
             if INT8:
                 s = s * tl.load(k_scale + page * ks_p + at * ks_t + head * ks_h, mask=known, other=0.0)[None, :]
@@ -219,8 +222,8 @@ def attend_kernel(
             )  # fmt: skip
             if HAS_TREE:
                 new = j[None, :] - (nk - nq)
-                tree_at = token.to(tl.int64)[:, None] * tree_q + new * tree_k
-                seen = seen & (tl.load(tree + tree_at, mask=seen & (new >= 0), other=1) != 0)
+                marked = tl.load(tree_at + i[:, None] * tree_q + new * tree_k, mask=seen & (new >= 0), other=1)
+                seen = seen & (marked != 0)
                 s = tl.where(seen, s, float("-inf"))
             higher = tl.maximum(most, tl.max(s, 1).to(tl.float32))
             base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -236,7 +239,7 @@ def attend_kernel(
                 if q_tile.dtype == tl.float16:  # which has no room for small probabilities times small scales
                     o = tl.dot(to_ten_bits(p), v_tile.to(tl.float32), o, input_precision="tf32")
                 else:
-                    o = add_product(o, p, v_tile.to(q_tile.dtype), WIDE)
+                    o = add_product(o, p, v_tile.to(tl.float32).to(q_tile.dtype), WIDE)
             elif CAREFUL:
                 o = add_product_of_seen(o, p, v_tile, seen, WIDE)
             else:
