@@ -76,9 +76,7 @@ def _pages(block_table, seq_lens, indptr, indices, last_page_len):
         )  # fmt: skip
         batch, width = block_table.shape
         return block_table, _int32("seq_lens", seq_lens, batch), None, batch, width
-    check(
-        _OP, indptr.dim() == 1 and len(indptr) > 0, lambda: f"indptr: expected [batch + 1], got {list(indptr.shape)}"
-    )
+    check(_OP, indptr.dim() == 1 and len(indptr) > 0, lambda: f"indptr: expected [batch + 1], got {list(indptr.shape)}")
     batch = len(indptr) - 1
     indptr, indices = _int32("indptr", indptr, batch + 1), _int32("indices", indices, -1)
     return indices, indptr, _int32("last_page_len", last_page_len, batch), batch, len(indices)
@@ -90,9 +88,7 @@ def _head_vector(name: str, t: torch.Tensor | None, heads: int, batch: int = -1)
     check_dtype(_OP, name, t, torch.float32)
     fits = t.shape == (heads,) or (batch >= 0 and t.shape == (batch, heads))
     words = f"[{heads}]{' or [batch, heads]' if batch >= 0 else ''}"
-    check(
-        _OP, fits and t.is_contiguous(), lambda: f"{name}: expected a contiguous {words}, got shape {list(t.shape)}"
-    )
+    check(_OP, fits and t.is_contiguous(), lambda: f"{name}: expected a contiguous {words}, got shape {list(t.shape)}")
     return t
 
 
