@@ -26,15 +26,31 @@ def _tokens_first(op: str, name: str, t: torch.Tensor, heads_first: bool) -> tor
     return t
 
 
+def _scale(op: str, name: str, t: torch.Tensor | None, cache: torch.Tensor, heads_first: bool) -> torch.Tensor | None:
+    if cache.dtype != torch.int8:
+        check(op, t is None, lambda: f"{name}: expected None for a cache that is not int8")
+        return None
+    if t is None:
+        raise ValueError(f"genai_kernels.{op}: {name}: expected the scales of an int8 cache, got None")
+    check_dtype(op, name, t, torch.float32)
+    shape = list(t.shape)
+    check(
+        op, t.shape == cache.shape[:3],
+        lambda: f"{name}: expected the shape of its cache without the last dimension, got {shape}",
+    )  # fmt: skip
+    return t.transpose(1, 2) if heads_first else t
+
+
 def checked_caches(
     op: str,
-    like_name: str,
     like: torch.Tensor,
     caches: tuple[torch.Tensor, torch.Tensor],
     scales: tuple[torch.Tensor | None, torch.Tensor | None],
     heads_first: bool,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """The caches as [blocks, block_size, heads, dim], and their scales as [blocks, block_size, heads]."""
+    """The caches as [blocks, block_size, heads, dim], and their scales as [blocks, block_size, heads]; in the dtype of
+    `like`, or int8.
+    """
     k, v = (_tokens_first(op, n, t, heads_first) for n, t in zip(("k_cache", "v_cache"), caches, strict=True))
     check_dtype(op, "k_cache", k, like.dtype, torch.int8)
     if v.dtype != k.dtype:
@@ -44,22 +60,8 @@ def checked_caches(
         lambda: f"v_cache: expected the shape of k_cache, {list(caches[0].shape)}, but for head_dim, "
         f"got {list(caches[1].shape)}",
     )  # fmt: skip
-    found: list[torch.Tensor | None] = []
-    for name, scale, cache in zip(("k_scale", "v_scale"), scales, caches, strict=True):
-        if k.dtype != torch.int8:
-            check(op, scale is None, lambda name=name: f"{name}: expected None for a cache that is not int8")
-            found.append(None)
-            continue
-        if scale is None:
-            raise ValueError(f"genai_kernels.{op}: {name}: expected the scales of an int8 cache, got None")
-        check_dtype(op, name, scale, torch.float32)
-        check(
-            op, scale.shape == cache.shape[:3],
-            lambda name=name, scale=scale: f"{name}: expected the shape of its cache without the last dimension, "
-            f"got {list(scale.shape)}",
-        )  # fmt: skip
-        found.append(scale.transpose(1, 2) if heads_first else scale)
-    return [k, v], found
+    given = zip(("k_scale", "v_scale"), scales, caches, strict=True)
+    return [k, v], [_scale(op, name, t, cache, heads_first) for name, t, cache in given]
 
 
 def page_strides(name: str, t: torch.Tensor | None) -> dict[str, int]:

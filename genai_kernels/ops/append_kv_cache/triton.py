@@ -157,6 +157,14 @@ def _vector(name: str, t: torch.Tensor, tokens: int) -> torch.Tensor:
     return t
 
 
+def _check_new(name: str, t: torch.Tensor, tokens: int, cache: torch.Tensor) -> None:
+    shape = [tokens, cache.shape[2], cache.shape[3]]
+    check(
+        _OP, list(t.shape) == shape,
+        lambda: f"{name}: expected {shape}, tokens and the heads of {name}_cache, got shape {list(t.shape)}",
+    )  # fmt: skip
+
+
 def _rotation(cos, sin, positions, tokens: int, dim: int) -> dict[str, Any]:
     """The tables as a kernel takes them."""
     check(_OP, (cos is None) == (sin is None), lambda: "sin: expected it together with cos")
@@ -190,17 +198,12 @@ def _rotation(cos, sin, positions, tokens: int, dim: int) -> dict[str, Any]:
 def append_kv_cache_int8(
     k, v, k_cache, v_cache, k_scale, v_scale, slots, cos, sin, positions, interleaved, heads_first
 ):  # fmt: skip
-    caches, scales = checked_caches(_OP, "k", k, (k_cache, v_cache), (k_scale, v_scale), heads_first)
+    caches, scales = checked_caches(_OP, k, (k_cache, v_cache), (k_scale, v_scale), heads_first)
     tokens, heads = k.shape[0] if k.dim() == 3 else 0, caches[0].shape[2]
     if v.dtype != k.dtype:
         raise TypeError(f"genai_kernels.{_OP}: v: expected the dtype of k, {k.dtype}, got {v.dtype}")
-    for name, t, cache in zip(("k", "v"), (k, v), caches, strict=True):
-        shape = [tokens, heads, cache.shape[3]]
-        check(
-            _OP, list(t.shape) == shape,
-            lambda name=name, t=t, shape=shape: f"{name}: expected {shape}, tokens and the heads of {name}_cache, "
-            f"got shape {list(t.shape)}",
-        )  # fmt: skip
+    _check_new("k", k, tokens, caches[0])
+    _check_new("v", v, tokens, caches[1])
     slots = _vector("slot_mapping", slots, tokens)
     dim, value_dim = (c.shape[3] for c in caches)
     rotation = _rotation(cos, sin, positions, tokens, dim)

@@ -1,5 +1,5 @@
-"""What the Triton kernels of flash_attention share beyond triton_lib/attention.py: gradients of scores, dropout, and which
-tokens a program has.
+"""What the Triton kernels of flash_attention share beyond triton_lib/attention.py: gradients of scores, dropout, and
+which tokens a program has.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ _FOLDED = 512  # elements that a program of fold_kernel holds: four for each thr
 def _tiles(block: int, fine: bool) -> dict[str, int]:
     """Rows and keys of a tile, and how it is run, by head_dim and dtype alone: a row's bits depend on the keys of a
     tile, and on which instruction multiplies it. 64 rows are the least for the warp group's product on sm_90; where
-    fewer exist, as in decoding, the product is far below the time of the loads all the same. 32 keys leave registers for
-    the sums of two softmaxes, and for three programs side by side where there is one.
+    fewer exist, as in decoding, the product is far below the time of the loads all the same. 32 keys leave registers
+    for the sums of two softmaxes, and for three programs side by side where there is one.
     """
     if fine:
         return {"M": 16, "N": 32 if block <= 128 else 16, "num_warps": 4, "num_stages": 1}
@@ -101,7 +101,7 @@ def _checked(
         lambda: "q: expected [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] without cu_seqlens_q, "
         f"got shape {list(q.shape)}",
     )  # fmt: skip
-    (k, v), (k_scale, v_scale) = checked_caches(_OP, "q", q, (k_cache, v_cache), (k_scale, v_scale), heads_first)
+    (k, v), (k_scale, v_scale) = checked_caches(_OP, q, (k_cache, v_cache), (k_scale, v_scale), heads_first)
     heads, dim = q.shape[-2:]
     kv_heads, value_dim, block = k.shape[2], v.shape[3], k.shape[1]
     check(_OP, k.shape[3] == dim, lambda: f"k_cache: expected head_dim {dim} as q, got shape {list(k_cache.shape)}")
@@ -114,8 +114,7 @@ def _checked(
         lambda: f"q: expected a multiple of the {kv_heads} heads of k_cache, got {heads}",
     )  # fmt: skip
     check(_OP, softcap >= 0, lambda: f"softcap: expected 0 (none) or more, got {softcap}")
-    for side in (left, right):
-        check(_OP, side >= -1, lambda side=side: f"window_size: expected -1 (no limit) or more, got {side}")
+    check(_OP, min(left, right) >= -1, lambda: f"window_size: expected -1 (no limit) or more, got {min(left, right)}")
     table, lengths, last, batch, width = _pages(block_table, seq_lens, indptr, indices, last_page_len)
     check(
         _OP, cu_q is not None or q.shape[0] == batch,

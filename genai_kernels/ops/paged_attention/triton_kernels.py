@@ -1,10 +1,10 @@
 """The kernels of paged_attention in Triton.
 
-A tile's rows are (query, query head) of one sequence and key head, the heads of the group side by side, so that a key is
-loaded once for all of them. The keys of a sequence are cut into ranges at fixed positions, each with a softmax of its
-own, and the ranges of a row are folded in their order: by the one program that goes over them all, where a sequence has
-many new tokens, and by fold_kernel where each range was a program of its own. The tile is the same in both, so neither
-shows in the bits; nor do pages, tables and the rest of the batch.
+A tile's rows are (query, query head) of one sequence and key head, the heads of the group side by side, so that a key
+is loaded once for all of them. The keys of a sequence are cut into ranges at fixed positions, each with a softmax of
+its own, and the ranges of a row are folded in their order: by the one program that goes over them all, where a sequence
+has many new tokens, and by fold_kernel where each range was a program of its own. The tile is the same in both, so
+neither shows in the bits; nor do pages, tables and the rest of the batch.
 """
 
 from __future__ import annotations
