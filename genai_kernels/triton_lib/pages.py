@@ -43,6 +43,7 @@ def _scale(op: str, name: str, t: torch.Tensor | None, cache: torch.Tensor, head
 
 def checked_caches(
     op: str,
+    like_name: str,
     like: torch.Tensor,
     caches: tuple[torch.Tensor, torch.Tensor],
     scales: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -52,7 +53,11 @@ def checked_caches(
     `like`, or int8.
     """
     k, v = (_tokens_first(op, n, t, heads_first) for n, t in zip(("k_cache", "v_cache"), caches, strict=True))
-    check_dtype(op, "k_cache", k, like.dtype, torch.int8)
+    if k.dtype not in (like.dtype, torch.int8):
+        expected, got = (str(t.dtype).removeprefix("torch.") for t in (like, k))
+        raise TypeError(
+            f"genai_kernels.{op}: k_cache: expected the dtype of {like_name}, {expected}, or int8, got {got}"
+        )
     if v.dtype != k.dtype:
         raise TypeError(f"genai_kernels.{op}: v_cache: expected the dtype of k_cache, {k.dtype}, got {v.dtype}")
     check(

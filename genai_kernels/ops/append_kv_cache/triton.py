@@ -198,7 +198,7 @@ def _rotation(cos, sin, positions, tokens: int, dim: int) -> dict[str, Any]:
 def append_kv_cache_int8(
     k, v, k_cache, v_cache, k_scale, v_scale, slots, cos, sin, positions, interleaved, heads_first
 ):  # fmt: skip
-    caches, scales = checked_caches(_OP, k, (k_cache, v_cache), (k_scale, v_scale), heads_first)
+    caches, scales = checked_caches(_OP, "k", k, (k_cache, v_cache), (k_scale, v_scale), heads_first)
     tokens, heads = k.shape[0] if k.dim() == 3 else 0, caches[0].shape[2]
     if v.dtype != k.dtype:
         raise TypeError(f"genai_kernels.{_OP}: v: expected the dtype of k, {k.dtype}, got {v.dtype}")

@@ -101,7 +101,7 @@ def _checked(
         lambda: "q: expected [tokens, heads, head_dim], or [batch, tokens, heads, head_dim] without cu_seqlens_q, "
         f"got shape {list(q.shape)}",
     )  # fmt: skip
-    (k, v), (k_scale, v_scale) = checked_caches(_OP, q, (k_cache, v_cache), (k_scale, v_scale), heads_first)
+    (k, v), (k_scale, v_scale) = checked_caches(_OP, "q", q, (k_cache, v_cache), (k_scale, v_scale), heads_first)
     heads, dim = q.shape[-2:]
     kv_heads, value_dim, block = k.shape[2], v.shape[3], k.shape[1]
     check(_OP, k.shape[3] == dim, lambda: f"k_cache: expected head_dim {dim} as q, got shape {list(k_cache.shape)}")
