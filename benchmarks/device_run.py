@@ -77,7 +77,8 @@ class Run:
 
         wanted = set(OPS) if self.device == "cuda" else {case.op for case in cases(dry=True)}
         costly = sorted(wanted, key=lambda name: "attention" not in name)
-        work = [(op, backend) for op in costly for backend in self.backends()]
+        on_cpu = self.device != "cuda"
+        work = [(op, b) for op in costly for b in self.backends() if on_cpu or b in OPS[op].gpu]
         with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
             list(pool.map(lambda w: self.child("correct", *w, limit=self.left_for("correct")), work))
 

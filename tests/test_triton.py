@@ -14,7 +14,15 @@ pytest.importorskip("triton", reason="triton is not installed here")
 
 TESTS = Path(__file__).resolve().parent
 SHARDS = 6
-WHAT = ("test_conformance.py::test_accuracy", "test_unseen.py", "triton_bits.py")
+PAGED = "ops/test_paged_attention.py::"
+WHAT = (
+    "test_conformance.py::test_accuracy",
+    "test_unseen.py",
+    "triton_bits.py",
+    PAGED + "test_what_no_token_sees_is_not_read",
+    PAGED + "test_a_seen_nan_stays_in_its_rows",
+    PAGED + "test_a_draft_tree_is_its_branches",
+)
 
 
 @pytest.mark.parametrize("shard", range(1, SHARDS + 1))

@@ -12,7 +12,7 @@ import torch
 import genai_kernels as gk
 from genai_kernels import torch_ops, triton_lib
 from genai_kernels.accuracy import map_tensors
-from genai_kernels.registry import OPS, Make
+from genai_kernels.registry import OPS, Make, Sample
 
 triton = pytest.importorskip("triton", reason="triton is not installed here")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -23,7 +23,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program can have
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8",
+    torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -162,3 +163,16 @@ def test_attention_uses_the_matrix_units_and_no_stack(kernels):
     assert [(k.name, k.capability, k.stack) for k in hot if k.stack] == []
     for k in hot:
         assert re.search(r"wgmma\.mma_async.*bf16" if k.capability == 90 else r"mma\.sync.*bf16", k.ptx), k.name
+
+
+def test_paged_decoding_uses_the_matrix_units_and_no_stack(kernels):
+    """Of one new token in bfloat16 at head_dim 128, eight query heads to a key head."""
+    from genai_kernels.ops.paged_attention.samples import paged
+
+    sample = Sample("decode", lambda m: paged(m, [1000, 700], heads=16, kv_heads=2, dim=128))
+    call(OPS["paged_attention"], sample, torch.bfloat16)
+    assert {k.name for k in kernels} == {"attend_kernel", "fold_kernel"}
+    assert [(k.name, k.capability, k.stack) for k in kernels if k.stack] == []
+    for k in kernels:
+        if k.name == "attend_kernel":
+            assert re.search(r"wgmma\.mma_async.*bf16" if k.capability == 90 else r"mma\.sync.*bf16", k.ptx)

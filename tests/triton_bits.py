@@ -5,7 +5,8 @@ import torch
 from calls import SAMPLES, build, run, same_bits
 
 import genai_kernels as gk
-from genai_kernels.registry import OPS
+from genai_kernels.ops.paged_attention.samples import paged
+from genai_kernels.registry import OPS, Make
 
 FLOATS = (torch.float32, torch.bfloat16)
 LARGEST = {op.name: max((s for o, s in SAMPLES if o is op), key=lambda s: len(build(op, s)[1])) for op in OPS.values()}
@@ -76,3 +77,40 @@ def test_a_norm_of_a_row_does_not_depend_on_the_others(norm):
         return [y.detach(), *torch.autograd.grad(y, leaf, dy[rows])]
 
     assert same_bits([t[71:].contiguous() for t in both(slice(None))], both(slice(71, None)))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float16], ids=str)
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+def test_paged_attention_of_a_token_does_not_depend_on_the_others(dtype, int8):
+    """Alone, a program for each range; in a chunk of many, one program for all ranges; in a mixed batch."""
+    new = [1, 90, 2]
+    (q, k, v, table, lens), options = paged(Make(dtype), [700, 1100, 530], new, heads=6, kv_heads=2, int8=int8)
+    bounds = options.pop("cu_seqlens_q")
+    together = gk.paged_attention(q, k, v, table, lens, cu_seqlens_q=bounds, return_lse=True, **options)
+    for b, token in ((0, 0), (1, 0), (1, 41), (1, 89), (2, 0)):
+        at, length = int(bounds[b]) + token, lens[b : b + 1] - (new[b] - 1 - token)
+        alone = gk.paged_attention(q[at : at + 1], k, v, table[b : b + 1], length, return_lse=True, **options)
+        assert same_bits(alone, [together[0][at : at + 1], together[1][:, at : at + 1].contiguous()]), (b, token)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_append_kv_cache_rotates_as_rotary_embedding_does(dtype, interleaved):
+    k, angle = torch.randn(20, 2, 34).to(dtype), torch.randn(20, 15)
+    caches = torch.zeros(2, 5, 4, 2, 34, dtype=dtype)
+    tables = {"cos": angle.cos(), "sin": angle.sin(), "interleaved": interleaved}
+    gk.append_kv_cache(k, k, *caches, torch.arange(20), **tables)
+    assert same_bits(caches[0].flatten(0, 1), gk.rotary_embedding(k, **tables))
+    assert same_bits(caches[1].flatten(0, 1), k)
+
+
+def test_append_kv_cache_quantizes_as_the_cpu_does():
+    k = torch.randn(9, 2, 40) * torch.logspace(-42, 30, 9)[:, None, None]
+    k[3, 0, 7], k[4, 1, 0], k[5, 0] = float("nan"), float("inf"), 0
+    found = []
+    for backend in ("triton", "cpu"):
+        caches, scales = torch.zeros(2, 3, 4, 2, 40, dtype=torch.int8), torch.zeros(2, 3, 4, 2)
+        with gk.use_backend(backend):
+            gk.append_kv_cache(k, 2 * k, *caches, torch.arange(9), k_scale=scales[0], v_scale=scales[1])
+        found.append([caches, scales.nan_to_num(-1.0)])
+    assert same_bits(*found)

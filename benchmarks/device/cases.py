@@ -171,6 +171,97 @@ def rotary(tokens: int, heads: int, head_dim: int) -> Case:
     )  # fmt: skip
 
 
+# ---- a paged cache ----
+
+PAGE = 16  # tokens of a block
+
+
+def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> Any:
+    """The pages gathered, then PyTorch's attention: what a user without a paged kernel does. All lengths are alike."""
+    k, v = (cache[table.long()].flatten(1, 2).transpose(1, 2) for cache in (k, v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q.unsqueeze(2), k, v, enable_gqa=True).squeeze(2)
+
+
+def _exact_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> Any:
+    """The same in products of whole groups: PyTorch's attention on float32 would copy each key for every query head."""
+    k, v = (cache[table.long()].flatten(1, 2).transpose(1, 2) for cache in (k, v))
+    rows = q.unflatten(1, (k.shape[1], -1))
+    return (((rows @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v).flatten(1, 2)
+
+
+def _flashinfer() -> dict[str, Function]:
+    """FlashInfer's decode over pages, where it is installed. It plans for lengths once, outside of the time."""
+    if not importlib.util.find_spec("flashinfer"):
+        return {}
+    import flashinfer
+
+    plans: dict[Any, Any] = {}
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        if table.data_ptr() not in plans:
+            batch, width = table.shape
+            workspace = torch.empty(2**27, dtype=torch.uint8, device=q.device)
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+            indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * width
+            last = (lens - 1) % PAGE + 1
+            sizes = (q.shape[1], k.shape[2], q.shape[2], PAGE)
+            wrapper.plan(indptr, table.flatten(), last, *sizes, q_data_type=q.dtype, kv_data_type=k.dtype)
+            plans[table.data_ptr()] = wrapper
+        return plans[table.data_ptr()].run(q, (k, v))
+
+    return {"flashinfer": run}
+
+
+def paged_decode(batch: int, context: int, kv_heads: int = 8, group: int = 8, head_dim: int = 128) -> Case:
+    """One new token for each sequence, whose blocks lie anywhere."""
+    width = context // PAGE
+
+    def make(device: str, dtype: torch.dtype) -> Tensors:
+        blocks = batch * width
+        q = torch.randn(batch, kv_heads * group, head_dim, device=device, dtype=dtype)
+        k, v = (torch.randn(blocks, PAGE, kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2))
+        table = torch.randperm(blocks, device=device).int().view(batch, width)
+        return q, k, v, table, torch.full((batch,), context, dtype=torch.int32, device=device)
+
+    peers: dict[str, Function] = {"gather + sdpa": _gathered, **_flashinfer()}
+    elements = 2.0 * batch * context * kv_heads * head_dim
+    return Case(
+        "paged_attention", f"b{batch} n{context}", make, gk.paged_attention, peers, _exact_decode, elements=elements
+    )
+
+
+def append(tokens: int, kv_heads: int = 8, head_dim: int = 128) -> Case:
+    """Rotated keys, and values, of new tokens to slots anywhere."""
+    from genai_kernels.registry import OPS
+
+    def make(device: str, dtype: torch.dtype) -> Tensors:
+        blocks = 2 * tokens // PAGE + 1
+        k, v = torch.randn(2, tokens, kv_heads, head_dim, device=device, dtype=dtype).unbind(0)
+        caches = torch.zeros(2, blocks, PAGE, kv_heads, head_dim, device=device, dtype=dtype).unbind(0)
+        slots = torch.randperm(blocks * PAGE, device=device)[:tokens]
+        angle = torch.randn(tokens, head_dim // 2, device=device)
+        return k, v, *caches, slots, angle.cos(), angle.sin()
+
+    def with_tables(function: Function) -> Function:
+        return lambda k, v, k_cache, v_cache, slots, cos, sin: function(k, v, k_cache, v_cache, slots, cos=cos, sin=sin)
+
+    def plain(
+        k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+        cos: torch.Tensor, sin: torch.Tensor,
+    ) -> Tensors:  # fmt: skip
+        """Every slot is one of the cache's: nothing waits for the device."""
+        slots = slots.long()
+        at = slots // PAGE, slots % PAGE
+        k_cache[at] = OPS["rotary_embedding"].reference(k, cos, sin)
+        v_cache[at] = v
+        return k_cache, v_cache
+
+    ours, peers = with_tables(gk.append_kv_cache), {"eager": plain}
+    name = f"{tokens}x{kv_heads}x{head_dim}"
+    return Case("append_kv_cache", name, make, ours, peers, plain, elements=4.0 * tokens * kv_heads * head_dim)
+
+
 def cases(dry: bool = False) -> Iterator[Case]:
     """In order of importance: a run whose time ends has what matters."""
     if dry:
@@ -178,12 +269,18 @@ def cases(dry: bool = False) -> Iterator[Case]:
         yield attention(64, 32, False, backward=True, scale=64)
         yield rows("rms_norm", (8, 64))
         yield rows("silu_and_mul", (8, 64), backward=True)
+        yield paged_decode(2, 64, kv_heads=1, group=2, head_dim=16)
+        yield append(9, kv_heads=2, head_dim=16)
         return
     for causal in (False, True):
         yield attention(8192, 128, causal)
         yield attention(8192, 128, causal, backward=True)
+    yield paged_decode(32, 8192)  # 1 GiB of keys and values
     yield rows("rms_norm", (16384, 4096))
     yield rows("silu_and_mul", (16384, 11008))
+    for batch, context in ((64, 4096), (16, 16384), (64, 16384)):
+        yield paged_decode(batch, context)
+    yield append(16384)
     for head_dim in (64, 256):
         for causal in (False, True):
             yield attention(8192, head_dim, causal)

@@ -27,6 +27,9 @@ ROWS = [
     ("silu_and_mul, 16384 x 11008", "silu_and_mul", "16384x11008", False),
     ("silu_and_mul backward", "silu_and_mul", "16384x11008", True),
     ("rotary_embedding, 16384 x 32 x 128", "rotary_embedding", "16384x32x128", False),
+    ("paged decoding, 32 sequences of 8192 tokens", "paged_attention", "b32 n8192", False),
+    ("the same, 16 of 16384", "paged_attention", "b16 n16384", False),
+    ("append_kv_cache with rotation, 16384 x 8 x 128", "append_kv_cache", "16384x8x128", False),
 ]
 
 

@@ -174,6 +174,9 @@ def append_kv_cache(
         ValueError: shapes that do not fit; a slot that two tokens share; tensors that overlap.
         IndexError: a slot outside of the cache, a position outside of the tables.
         TypeError: dtypes that do not fit.
+        On a GPU nothing waits for what slots and positions hold: a slot outside of the cache is skipped, a position
+        outside of the tables gives NaN, and of two tokens with one slot either may stay. Tensors that overlap are not
+        looked for there.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
 

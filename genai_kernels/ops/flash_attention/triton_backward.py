@@ -7,16 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_scores import (
-    add_product,
-    add_product_of_seen,
-    any_strange,
-    finite,
-    keys_of,
-    product,
-    score_gradients,
-    sequence_of,
-)
+from ...triton_lib.attention import add_product, add_product_of_seen, any_strange, finite, product
+from .triton_scores import keys_of, score_gradients, sequence_of
 
 
 @triton.jit

@@ -5,19 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_scores import (
+from ...triton_lib.attention import (
     LN2,
     LOG2E,
     add_product,
     add_product_of_seen,
     any_strange,
-    dropout_factor,
     exponential,
-    keys_of,
     product,
     scores_of,
-    sequence_of,
 )
+from .triton_scores import dropout_factor, keys_of, sequence_of
 
 
 @triton.jit

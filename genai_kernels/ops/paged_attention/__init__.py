@@ -89,6 +89,8 @@ def paged_attention(
         ValueError: shapes and lengths that do not fit; fewer tokens in a sequence than it has new ones.
         IndexError: a block that is not in the cache, named by its place in the table.
         TypeError: dtypes that do not fit.
+        What lengths, tables and cu_seqlens_q hold is checked on the CPU alone: on a GPU a call does not wait for them,
+        and can be captured in a CUDA graph and replayed with others.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023;
     Ye et al., "Cascade Inference", 2024.
