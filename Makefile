@@ -34,7 +34,7 @@ dev: library-dev  ## an environment to work in
 GPU_TESTS := $(wildcard tests/test_cuda_*.py tests/test_hopper_*.py tests/test_triton*.py)
 PYTEST = $(PY) -m pytest -m "not slow" $(if $(OP),--op=$(OP))
 test: library-dev  ## the test suite
-	$(PYTEST) --ignore=tests/packaging $(addprefix --ignore=,$(GPU_TESTS)) $(ARGS)
+	$(PYTEST) -n auto --dist worksteal --ignore=tests/packaging $(addprefix --ignore=,$(GPU_TESTS)) $(ARGS)
 	OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal $(GPU_TESTS) || [ $$? = 5 -a -n "$(OP)" ]
 
 exhaustive: library-dev  ## every non-positive float through exp, on every instruction set: a few minutes

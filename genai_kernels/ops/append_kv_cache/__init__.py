@@ -61,7 +61,8 @@ def append_kv_cache_reference(
         else:
             cache[at], found = quantize_heads(new[taken])
             scale[at] = found.to(scale.dtype)
-    return (k_cache, v_cache) if k_scale is None else (k_cache, v_cache, k_scale, v_scale)
+    scales = [scale for scale in (k_scale, v_scale) if scale is not None]
+    return (k_cache, v_cache, *scales)
 
 
 def appended(

@@ -9,7 +9,7 @@ import torch
 from ...registry import OPS
 
 
-def pages_of(block_table, seq_lens, indptr, indices, last_page_len, block_size: int) -> list[tuple[torch.Tensor, int]]:
+def pages_of(block_size: int, block_table, seq_lens, indptr, indices, last_page_len) -> list[tuple[torch.Tensor, int]]:
     """Of each sequence: its blocks, and how many tokens lie in them."""
     if block_table is not None:
         lengths = seq_lens.tolist()
@@ -49,7 +49,7 @@ def paged_attention_reference(
         k_scale, v_scale = (None if s is None else s.transpose(1, 2) for s in (k_scale, v_scale))
     heads, value_dim = q.shape[-2], v_cache.shape[-1]
     rows = q.reshape(-1, *q.shape[-2:])
-    sequences = pages_of(block_table, seq_lens, indptr, indices, last_page_len, k_cache.shape[1])
+    sequences = pages_of(k_cache.shape[1], block_table, seq_lens, indptr, indices, last_page_len)
     if cu_seqlens_q is None:
         step = q.shape[1] if q.dim() == 4 else 1
         bounds = list(range(0, step * len(sequences) + 1, step)) if step else [0] * (len(sequences) + 1)

@@ -66,6 +66,11 @@ def tree(m: Make, *shape: int) -> torch.Tensor:
     return m.mask(tokens, columns, keep=0.6) | (torch.arange(tokens)[:, None] % columns == torch.arange(columns))
 
 
+def _strided(m: Make) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (q, *rest), options = paged(m, [40, 90], heads=8)
+    return (q[:, ::2], *rest), options
+
+
 def _slopes(heads: int) -> torch.Tensor:
     return torch.tensor([2.0 ** (-8 * (i + 1) / heads) for i in range(heads)])
 
@@ -107,7 +112,7 @@ SAMPLES = [
     Sample("tree_window", lambda m: paged(m, [65, 700], [8, 5], tree_mask=tree(m, 13, 8), window_size=(90, 0))),
     Sample("int8", lambda m: paged(m, [40, 1, 700], [1, 1, 3], int8=True, return_lse=True)),
     Sample("int8_heads_first", lambda m: paged(m, [40, 130], 5, int8=True, kv_layout="HND", dim=40, softcap=5.0)),
-    Sample("strided_q", lambda m: (lambda a, k: ((a[0][:, ::2], *a[1:]), k))(*paged(m, [40, 90], heads=8))),
+    Sample("strided_q", _strided),
 ]  # fmt: skip
 
 
@@ -127,11 +132,11 @@ def magnitude(q, k_cache, v_cache, *args, **options):
 
 
 def _c_fp32(q, k_cache, v_cache, block_table=None, seq_lens=None, **options):
-    lengths = [n for _, n in pages_of(block_table, seq_lens, *(options.get(name) for name in _LISTS), k_cache.shape[1])]
+    lists = (options.get(name) for name in ("indptr", "indices", "last_page_len"))
+    lengths = [n for _, n in pages_of(k_cache.shape[1], block_table, seq_lens, *lists)]
     return 8 + math.sqrt(max(lengths, default=0)) / 4
 
 
-_LISTS = ("indptr", "indices", "last_page_len")
 ACCURACY = Accuracy(c_fp32=_c_fp32)
 
 
