@@ -75,7 +75,10 @@ GK_INLINE Vec<typename P::Compute> load_row_words(const T* row, int64_t word, in
   } else {
     VecF words = {};
     const int64_t bytes = (n - 2 * word) * 2;
-    __builtin_memcpy(&words, row + 2 * word, bytes < kRegisterBytes ? bytes : kRegisterBytes);
+    if (bytes >= kRegisterBytes)  // a copy of known size is a load, one of any size is a call
+      __builtin_memcpy(&words, row + 2 * word, kRegisterBytes);
+    else
+      __builtin_memcpy(&words, row + 2 * word, bytes);
     return words;
   }
 }

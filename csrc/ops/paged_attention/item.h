@@ -109,11 +109,29 @@ int64_t set_rows(const PagedAttentionParams& p, const PagedItem& item, PagedScra
 
 // ---- packing ----
 
-// Rows of K or V in the dtype of q, or int8.
-template <class T>
-GK_INLINE const T* key_row(const PagesView& view, const int32_t* pages, int64_t page_size, int64_t key, int64_t head) {
-  const int64_t page = key / page_size, token = key - page * page_size;
-  return reinterpret_cast<const T*>(view.data) + pages[page] * view.page + token * view.token + head * view.head;
+// Where the rows of K and V of a step lie, for one key head; null for keys that no row sees.
+struct StepRows {
+  const char *k[kStepKeys], *v[kStepKeys];
+};
+
+// The rows of keys [from, to) of the step at `key`, of elements of `size` bytes.
+inline void find_rows(const PagedAttentionParams& p, const int32_t* pages, int64_t kv_head, int64_t key, int64_t from,
+                      int64_t to, int64_t size, StepRows& rows) {
+  for (int64_t i = 0; i < kStepKeys; ++i) rows.k[i] = rows.v[i] = nullptr;
+  if (from >= to) return;
+  int64_t page = from / p.page_size, token = from - page * p.page_size;  // counted on: a division for each key is dear
+  for (int64_t at = from; at < to; ++at, ++token) {
+    if (token == p.page_size) token = 0, ++page;
+    const int64_t block = pages[page];
+    rows.k[at - key] = p.k.data + (block * p.k.page + token * p.k.token + kv_head * p.k.head) * size;
+    rows.v[at - key] = p.v.data + (block * p.v.page + token * p.v.token + kv_head * p.v.head) * size;
+  }
+}
+
+// Asks for the cache lines of a row; nothing is read.
+GK_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  if (!row) return;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
 GK_INLINE VecF int8_to_float(const int8_t* from, int64_t n) {
@@ -150,19 +168,19 @@ GK_INLINE VecF row_values(const T* row, int64_t i, int64_t n) {
     return int8_to_float(row + i, n - i);
 }
 
-// k_t[words][kStepKeys] = K^T of keys [from, to) of the step at `key`, zeros for the other keys up to `padded`.
+// k_t[words][kStepKeys] = K^T of the rows of a step, `padded` keys of it. The rows of the next one come into the cache
+// meanwhile, a few at a time.
 template <class P, class T>
-void pack_keys(const PagedAttentionParams& p, const int32_t* pages, int64_t kv_head, int64_t key, int64_t from,
-               int64_t to, int64_t padded, const PagedScratch<P>& scratch) {
+void pack_keys(const PagedAttentionParams& p, const StepRows& rows, const StepRows& next, int64_t padded,
+               const PagedScratch<P>& scratch) {
   for (int64_t i = 0; i < padded; i += kLanes) {
-    const T* lanes[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      const int64_t at = key + i + l;
-      lanes[l] = from <= at && at < to ? key_row<T>(p.k, pages, p.page_size, at, kv_head) : nullptr;
-    }
+    for (int l = 0; l < kLanes; ++l) prefetch_row(next.k[i + l], p.head_dim * int64_t(sizeof(T)));
     for (int64_t w = 0; w < scratch.q_words; w += kLanes) {
       VecF x[kLanes];
-      for (int l = 0; l < kLanes; ++l) x[l] = lanes[l] ? row_words<P>(lanes[l], w, p.head_dim) : VecF{};
+      GK_UNROLL for (int l = 0; l < kLanes; ++l) {
+        const T* row = reinterpret_cast<const T*>(rows.k[i + l]);
+        x[l] = row ? row_words<P>(row, w, p.head_dim) : VecF{};
+      }
       transpose(x);
       GK_UNROLL for (int l = 0; l < kLanes; ++l)  // rows past q_words lie in the rounding of k_t
           __builtin_memcpy(scratch.k_t + (w + l) * kStepKeys + i, &x[l], sizeof x[l]);
@@ -170,24 +188,23 @@ void pack_keys(const PagedAttentionParams& p, const int32_t* pages, int64_t kv_h
   }
 }
 
-// V of the same keys, from the step's first one on: [key words][value_stride].
+// V of the first `keys` of them: [key words][value_stride].
 template <class P, class T>
-bool pack_values(const PagedAttentionParams& p, const int32_t* pages, int64_t kv_head, int64_t key, int64_t from,
-                 int64_t to, const PagedScratch<P>& scratch) {
+bool pack_values(const PagedAttentionParams& p, const StepRows& rows, const StepRows& next, int64_t keys,
+                 const PagedScratch<P>& scratch) {
   Finiteness<float> finite;
-  const auto row_of = [&](int64_t at) {
-    return from <= at && at < to ? key_row<T>(p.v, pages, p.page_size, at, kv_head) : nullptr;
-  };
   typename P::Word* out = scratch.v.packed;
-  for (int64_t at = key; at < key + round_up(to - key, kKeyGroup); at += P::kPerWord, out += scratch.v.stride) {
-    const T *row = row_of(at), *next = P::kPerWord == 2 ? row_of(at + 1) : nullptr;
+  for (int64_t i = 0; i < round_up(keys, kKeyGroup); i += P::kPerWord, out += scratch.v.stride) {
+    for (int h = 0; h < P::kPerWord; ++h) prefetch_row(next.v[i + h], p.value_dim * int64_t(sizeof(T)));
+    const T *row = reinterpret_cast<const T*>(rows.v[i]),
+            *after = P::kPerWord == 2 ? reinterpret_cast<const T*>(rows.v[i + 1]) : nullptr;
     for (int64_t d = 0; d < scratch.value_stride; d += kLanes) {
       const VecF x = row && d < p.value_dim ? row_values(row, d, p.value_dim) : VecF{};
       finite.see(x);
       if constexpr (P::kPerWord == 1) {
         __builtin_memcpy(out + d, &x, sizeof x);
       } else {
-        const VecF y = next && d < p.value_dim ? row_values(next, d, p.value_dim) : VecF{};
+        const VecF y = after && d < p.value_dim ? row_values(after, d, p.value_dim) : VecF{};
         finite.see(y);
         const VecU words = (bit_cast<VecU>(x) >> 16) | (bit_cast<VecU>(y) & 0xffff0000);  // exact: they are bf16
         __builtin_memcpy(out + d, &words, sizeof words);
@@ -205,13 +222,6 @@ void pack_scales(const PagedAttentionParams& p, const PagesView& view, const int
                  ? view.scale[pages[page] * view.scale_page + token * view.scale_token + kv_head * view.scale_head]
                  : 0;
   }
-}
-
-template <class T>
-GK_INLINE void prefetch_key(const PagesView& view, const int32_t* pages, int64_t page_size, int64_t key, int64_t head,
-                            int64_t dim) {
-  const T* row = key_row<T>(view, pages, page_size, key, head);
-  for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
 }
 
 }  // namespace

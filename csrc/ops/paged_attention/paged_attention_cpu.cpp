@@ -251,6 +251,10 @@ void run_item(const PagedAttentionParams& p, const PagedItem& item, void* memory
   const bool scaled = scores_are_scaled(p);
   const auto run = scaled ? attend<P, Exponential::finest> : attend<P, Exponential::coarse>;
   const auto fold_range = scaled ? fold<Exponential::finest> : fold<Exponential::coarse>;
+  StepRows rows[2];  // of the even and of the odd steps
+  const int64_t first_step = first / kStepKeys * kStepKeys;
+  find_rows(p, sequence.pages, item.kv_head, first_step, first, min_of<int64_t>(first_step + kStepKeys, last + 1),
+            sizeof(Cached), rows[first_step / kStepKeys % 2]);
   for (int64_t range = first / kRangeKeys * kRangeKeys; range <= last; range += kRangeKeys) {
     for (int64_t r = 0; r < count; ++r) scratch.state[r] = {-kInfinity<float>, 0};
     for (int64_t i = 0; i < count * scratch.value_stride; ++i) scratch.o[i] = 0;
@@ -258,12 +262,13 @@ void run_item(const PagedAttentionParams& p, const PagedItem& item, void* memory
     for (int64_t key = range; key < range_end; key += kStepKeys) {
       const int64_t from = max_of(first, key), to = min_of<int64_t>(key + kStepKeys, last + 1);
       if (from >= to) continue;
-      for (int64_t ahead = to; ahead < min_of<int64_t>(to + kStepKeys, last + 1); ++ahead) {
-        prefetch_key<Cached>(p.k, sequence.pages, p.page_size, ahead, item.kv_head, p.head_dim);
-        prefetch_key<Cached>(p.v, sequence.pages, p.page_size, ahead, item.kv_head, p.value_dim);
-      }
-      pack_keys<P, Cached>(p, sequence.pages, item.kv_head, key, from, to, round_up(to - key, kWidestProduct), scratch);
-      scratch.v.separate(pack_values<P, Cached>(p, sequence.pages, item.kv_head, key, from, to, scratch),
+      const int64_t after = key + kStepKeys;
+      StepRows& next = rows[(key / kStepKeys + 1) % 2];
+      find_rows(p, sequence.pages, item.kv_head, after, max_of(first, after),
+                min_of<int64_t>(after + kStepKeys, last + 1), sizeof(Cached), next);
+      const StepRows& now = rows[key / kStepKeys % 2];
+      pack_keys<P, Cached>(p, now, next, round_up(to - key, kWidestProduct), scratch);
+      scratch.v.separate(pack_values<P, Cached>(p, now, next, to - key, scratch),
                          round_up(to - key, kKeyGroup) / P::kPerWord);
       if (p.int8_cache) {
         pack_scales(p, p.k, sequence.pages, item.kv_head, key, from, to, scratch.scale_k);
