@@ -150,9 +150,9 @@ class Transformers:
         return Outcome(answers, time.perf_counter() - begin, first, per_token)
 
 
-def batches(model: Llama, jobs: list[Job], sizes: list[int]) -> dict[int, float]:
-    """Tokens a second of the engine with so many requests at once."""
-    return {n: by_engine(model, [Job(0.0, j.prompt, 64) for j in (jobs * n)[:n]]).rate for n in sizes}
+def batches(model: Llama, jobs: list[Job], sizes: list[int]) -> dict[int, Outcome]:
+    """The engine with so many requests at once."""
+    return {n: by_engine(model, [Job(0.0, j.prompt, 64) for j in (jobs * n)[:n]]) for n in sizes}
 
 
 def contexts(model: Llama, jobs: list[Job], sizes: list[int]) -> dict[int, float]:
@@ -190,12 +190,8 @@ def run(folder: Path, dtype: torch.dtype | None, requests: int, output: Path | N
 
     config = model.config
     token_bytes = 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
-    memory = {
-        "requests": requests,
-        "paged": poisson.used,
-        "contiguous": min(requests, 64) * config.context * token_bytes,
-        "waste": poisson.waste,
-    }
+    # a contiguous cache has room for the longest text that a request may become
+    memory = {n: {"paged": o.used, "contiguous": n * config.context * token_bytes} for n, o in by_batch.items()}
     say(f"{folder.name}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, {platform.machine()}")
     head = ["", "tokens/s", "first token, p50 / p99 ms", "per token, p50 / p99 ms"]
     print_table("16 requests at once", head, [o.row(name) for name, o in best.items()], right=(1, 2, 3))
@@ -205,15 +201,16 @@ def run(folder: Path, dtype: torch.dtype | None, requests: int, output: Path | N
     for name in list(best)[1:]:
         spread = sorted(a.rate / b.rate for a, b in zip(rounds["engine, 16 at once"], rounds[name], strict=True))
         say(f"engine / {name}: {spread[1]:.2f}x ({spread[0]:.2f} to {spread[-1]:.2f}); {same[name]} of 16 texts equal")
-    say(f"pool waste {100 * poisson.waste:.1f} %, {poisson.used / 1e6:.1f} MB used at most; "
-        f"contiguous: {memory['contiguous'] / 1e6:.1f} MB")  # fmt: skip
+    most = max(memory)
+    say(f"pool waste {100 * poisson.waste:.1f} %, {poisson.used / 1e6:.1f} MB used at most; {most} requests at once: "
+        f"{memory[most]['paged'] / 1e6:.1f} MB, contiguous {memory[most]['contiguous'] / 1e6:.1f} MB")  # fmt: skip
     if output:
         figures = {
             "model": folder.name, "dtype": str(dtype), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "tokens_per_second": {name: [o.rate for o in found] for name, found in rounds.items()},
             "equal_texts_of_16": same, "poisson": {"rate": poisson.rate, "first": poisson.first,
                                                    "per_token": poisson.per_token, "waste": poisson.waste},
-            "by_batch": by_batch, "by_context": by_context, "memory": memory,
+            "by_batch": {n: o.rate for n, o in by_batch.items()}, "by_context": by_context, "memory": memory,
         }  # fmt: skip
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(figures, indent=1) + "\n")
@@ -234,8 +231,10 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         points = {int(k): v for k, v in figures[name].items()}
         axis.plot(list(points), list(points.values()), "o-")
         axis.set(xlabel=label, ylabel="tokens/s", xscale="log", ylim=(0, None))
-    memory = figures["memory"]
-    axes[2].bar(["paged, used", "contiguous"], [memory["paged"] / 1e6, memory["contiguous"] / 1e6])
-    axes[2].set(ylabel="MB of keys and values", title=f"{memory['requests']} requests")
+    for kind in ("paged", "contiguous"):
+        points = {int(n): sizes[kind] / 1e6 for n, sizes in figures["memory"].items()}
+        axes[2].plot(list(points), list(points.values()), "o-", label=kind)
+    axes[2].set(xlabel="requests at once", ylabel="MB of keys and values", xscale="log", yscale="log")
+    axes[2].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
