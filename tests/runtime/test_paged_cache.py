@@ -49,7 +49,7 @@ def check(cache, texts):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_sequence_keeps_what_it_stored(seed, int8):
-    """Random lives: arrivals with common beginnings, growth, forks, swaps, truncation, ends, in a pool that is short."""
+    """Random lives: common beginnings, growth, forks, swaps, truncation and ends, in a pool that is short."""
     rnd = random.Random(seed)
     cache = PagedKVCache(2, 2, 8, num_blocks=40, block_size=4, like=torch.zeros(0), num_swap_blocks=15, int8=int8)
     common = [rnd.randrange(1, 999) for _ in range(30)]
