@@ -67,6 +67,22 @@ def test_no_spills_and_no_serialised_products(objects, source):
     assert re.findall(r"C75(?:08|1\d)\b.*", report) == []
 
 
+# What registers and launches kernels; nothing that allocates, copies, waits or asks a stream, which a capture forbids.
+CAPTURABLE = {
+    "cudaLaunchKernel", "cudaLaunchKernelExC", "cudaFuncSetAttribute", "cudaGetLastError", "cudaPeekAtLastError",
+    "cudaGetDevice", "cudaDeviceGetAttribute", "cudaGetDriverEntryPoint", "cudaGetDriverEntryPointByVersion",
+    "cudaMemsetAsync", "cudaGetErrorString",
+}  # fmt: skip
+
+
+@each_source
+def test_launchers_can_be_captured_in_a_graph(objects, source):
+    text = subprocess.run(["nm", "-u", objects[source]], capture_output=True, text=True, check=True).stdout
+    called = set(re.findall(r"\b(cuda[A-Z]\w*)", text))
+    assert called <= CAPTURABLE
+    assert "LaunchKernel" in text
+
+
 def machine_code(cuobjdump, path):
     """{(card, kernel): instructions}."""
     text = subprocess.run([cuobjdump, "--dump-sass", path], capture_output=True, text=True, check=True).stdout
