@@ -70,7 +70,8 @@ class EngineThread:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.lock = engine, threading.Condition()
-        self.queues: dict[Request, asyncio.Queue[int | None]] = {}
+        # of each request: where its tokens go, and the loop that waits for them
+        self.queues: dict[Request, tuple[asyncio.Queue[int | None], asyncio.AbstractEventLoop]] = {}
         self.failure: BaseException | None = None
         self.stopping = False
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -87,8 +88,7 @@ class EngineThread:
             if self.failure or self.stopping:
                 raise Refused(503, f"the engine has stopped: {self.failure or 'the server is shutting down'}")
             request = self.engine.add(prompt, sampling, on_token=on_token, salt=salt)
-            self.queues[request] = queue
-            request.loop = loop  # type: ignore[attr-defined]
+            self.queues[request] = queue, loop
             self.lock.notify()
         return request, queue
 
@@ -108,9 +108,9 @@ class EngineThread:
 
     def _tell_finished(self) -> None:
         for request in [r for r in self.queues if r.state in ("done", "cancelled") or self.failure]:
-            queue = self.queues.pop(request)
+            queue, loop = self.queues.pop(request)
             with contextlib.suppress(RuntimeError):  # its loop is closed: nobody listens any more
-                request.loop.call_soon_threadsafe(queue.put_nowait, None)  # type: ignore[attr-defined]
+                loop.call_soon_threadsafe(queue.put_nowait, None)
 
     def _run(self) -> None:
         while True:
@@ -134,15 +134,20 @@ class Text:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str]) -> None:
         self.tokenizer, self.stops = tokenizer, [s for s in stops if s]
         self.tokens, self.prefix = list(prompt), tokenizer.decode(prompt)
-        self.sent, self.stopped = "", False
+        # a token is decoded with some before it, for a tokenizer whose first word is another; not with all of them
+        self.begin, self.read = max(0, len(prompt) - 8), len(prompt)
+        self.whole, self.sent, self.stopped = "", "", False
 
     def add(self, token: int | None) -> str:
         """What can be said now that it was not before; with None, all that is left."""
         if token is not None:
             self.tokens.append(token)
-        whole = self.tokenizer.decode(self.tokens)[len(self.prefix) :]
-        if token is not None and whole.endswith("\ufffd"):
+        known = self.tokenizer.decode(self.tokens[self.begin : self.read])
+        new = self.tokenizer.decode(self.tokens[self.begin :])[len(known) :]
+        if token is not None and new.endswith("\ufffd"):
             return ""
+        self.begin, self.read = max(self.begin, self.read - 8), len(self.tokens)
+        self.whole = whole = self.whole + new
         ends = [at for at in (whole.find(s) for s in self.stops) if at >= 0]
         if ends:
             whole, self.stopped = whole[: min(ends)], True

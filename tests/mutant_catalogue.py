@@ -278,7 +278,7 @@ MUTANTS = [
         ("right edge one key nearer", "diagonal + p.right)", "diagonal + p.right - 1)"),
         ("head of the wrong group", "item.kv_head * p.group + r % p.group", "item.kv_head + r % p.group"),
         ("tree of the first token for all", "p.tree + token * p.tree_query", "p.tree"),
-        ("scale of the first head for all", "+ kv_head * view.scale_head]", "]"),
+        ("scale of the first head for all", "kv_head * p.k.scale_head", "0"),
         units=(kernel("paged_attention"),),
     ),
     *planted(

@@ -16,6 +16,10 @@ template <bool B>
 struct BoolTag {
   static constexpr bool value = B;
 };
+template <int N>
+struct IntTag {
+  static constexpr int value = N;
+};
 
 template <class F>
 [[gnu::always_inline]] inline void switch_dtype(Dtype dtype, F&& f) {

@@ -118,7 +118,7 @@ def test_among_64_others_and_any_thread_count(model, alone):
 
 def test_the_prefix_cache_is_used(model, alone):
     engine = Engine(model, num_blocks=400, block_size=8)
-    first, second = (engine.add(*next(requests())), None)
+    first = engine.add(*next(requests()))
     engine.run()
     prompt, sampling = next(requests())
     second = engine.add(prompt, sampling)

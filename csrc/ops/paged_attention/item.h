@@ -9,9 +9,8 @@ constexpr int kStepKeys = 128;  // as flash_attention's: the sums of a row are g
 // Words of a piece of a sum: two chains of 4. PyTorch's product of one row with a matrix has sums as short, and a score's
 // rounding is most of the error of a result; 12 % more additions in work that is bound by memory.
 constexpr int64_t kPieceWords = 8;
-constexpr int kFoldKeys = 64;                     // whole pieces of multiply_folded, whatever a word holds
-constexpr int kStepVectors = kStepKeys / kLanes;  // registers of scores of a row
-constexpr int kBlockRows = kTileRows;             // rows multiplied together
+constexpr int kFoldKeys = 64;          // whole pieces of multiply_folded, whatever a word holds
+constexpr int kBlockRows = kTileRows;  // rows multiplied together
 // Registers of a product with so many rows: enough chains to hide the latency of the multiply-add, and no more
 // accumulators than there are registers.
 template <int Rows>
@@ -20,15 +19,9 @@ constexpr int kProductVectors = Rows >= 4   ? 2
                                             : 4;
 constexpr int kWidestProduct = 4 * kLanes;
 
-template <int N>
-struct IntTag {
-  static constexpr int value = N;
-};
-
 typedef float Quad __attribute__((vector_size(16)));
 
 struct Row {
-  const char* q;
   int64_t first, last;  // visible keys, inclusive
   const bool* tree;     // of key `tree_begin` and those after it; or null
   int64_t tree_begin;
@@ -48,7 +41,7 @@ struct PagedScratch {
   Row* rows;
   State *state, *total;
   Word *q, *k_t, *p_words;
-  float *o, *total_o, *s, *scale_k, *scale_v;
+  float *o, *total_o, *s;
   Arena arena;
   Contracted<P> v;
   char* end;
@@ -66,8 +59,6 @@ struct PagedScratch {
     k_t = arena.take<Word>(round_up(q_words, kLanes) * kStepKeys);
     p_words = arena.take<Word>(kBlockRows * kStepKeys);
     s = arena.take<float>(kBlockRows * kStepKeys);
-    scale_k = arena.take<float>(kStepKeys);
-    scale_v = arena.take<float>(kStepKeys);
     o = arena.take<float>(count * value_stride);
     total_o = arena.take<float>(count * value_stride);
     end = arena.end();
@@ -77,7 +68,7 @@ struct PagedScratch {
 // ---- what a row sees ----
 
 template <class P, class T>
-int64_t set_rows(const PagedAttentionParams& p, const PagedItem& item, PagedScratch<P>& scratch) {
+void set_rows(const PagedAttentionParams& p, const PagedItem& item, PagedScratch<P>& scratch) {
   int64_t count = 0;
   for (int64_t i = 0; i < item.span_count; ++i) {
     const RowSpan span = item.spans[i];
@@ -87,14 +78,13 @@ int64_t set_rows(const PagedAttentionParams& p, const PagedItem& item, PagedScra
       row.query = r / p.group;
       row.head = item.kv_head * p.group + r % p.group;
       const int64_t token = s.query_begin + row.query, diagonal = s.keys - s.queries + row.query;
-      row.q = p.q + (token * p.q_token + row.head * p.q_head) * int64_t(sizeof(T));
       row.first = p.left < 0 ? 0 : max_of<int64_t>(0, diagonal - p.left);
       row.last = p.right < 0 ? s.keys - 1 : min_of(s.keys - 1, diagonal + p.right);
       row.tree = p.tree ? p.tree + token * p.tree_query : nullptr;
       row.tree_begin = s.keys - s.queries;
       row.slope = p.slopes ? p.slopes[span.sequence * p.slopes_sequence + row.head] : 0;
       row.diagonal = float(diagonal);
-      const T* q = reinterpret_cast<const T*>(row.q);
+      const T* q = reinterpret_cast<const T*>(p.q) + token * p.q_token + row.head * p.q_head;
       T stage[kLanes * P::kPerWord];
       for (int64_t w = 0; w < scratch.q_words; w += kLanes) {
         const int64_t from = w * P::kPerWord, n = min_of<int64_t>(kLanes * P::kPerWord, p.head_dim - from);
@@ -104,20 +94,20 @@ int64_t set_rows(const PagedAttentionParams& p, const PagedItem& item, PagedScra
       }
     }
   }
-  return count;
 }
 
 // ---- packing ----
 
-// Where the rows of K and V of a step lie, for one key head; null for keys that no row sees.
+// Where the rows of K and V of a step lie, for one key head; null for keys that no row sees. The scales are int8's.
 struct StepRows {
   const char *k[kStepKeys], *v[kStepKeys];
+  float k_scale[kStepKeys], v_scale[kStepKeys];
 };
 
 // The rows of keys [from, to) of the step at `key`, of elements of `size` bytes.
 inline void find_rows(const PagedAttentionParams& p, const int32_t* pages, int64_t kv_head, int64_t key, int64_t from,
                       int64_t to, int64_t size, StepRows& rows) {
-  for (int64_t i = 0; i < kStepKeys; ++i) rows.k[i] = rows.v[i] = nullptr;
+  for (int64_t i = 0; i < kStepKeys; ++i) rows.k[i] = rows.v[i] = nullptr, rows.k_scale[i] = rows.v_scale[i] = 0;
   if (from >= to) return;
   int64_t page = from / p.page_size, token = from - page * p.page_size;  // counted on: a division for each key is dear
   for (int64_t at = from; at < to; ++at, ++token) {
@@ -125,6 +115,9 @@ inline void find_rows(const PagedAttentionParams& p, const int32_t* pages, int64
     const int64_t block = pages[page];
     rows.k[at - key] = p.k.data + (block * p.k.page + token * p.k.token + kv_head * p.k.head) * size;
     rows.v[at - key] = p.v.data + (block * p.v.page + token * p.v.token + kv_head * p.v.head) * size;
+    if (!p.int8_cache) continue;
+    rows.k_scale[at - key] = p.k.scale[block * p.k.scale_page + token * p.k.scale_token + kv_head * p.k.scale_head];
+    rows.v_scale[at - key] = p.v.scale[block * p.v.scale_page + token * p.v.scale_token + kv_head * p.v.scale_head];
   }
 }
 
@@ -137,7 +130,10 @@ GK_INLINE void prefetch_row(const char* row, int64_t bytes) {
 GK_INLINE VecF int8_to_float(const int8_t* from, int64_t n) {
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
   Bytes bytes = {};
-  __builtin_memcpy(&bytes, from, n < kLanes ? n : kLanes);
+  if (n >= kLanes)  // a copy of known size is a load, one of any size is a call
+    __builtin_memcpy(&bytes, from, kLanes);
+  else
+    __builtin_memcpy(&bytes, from, n);
   return __builtin_convertvector(__builtin_convertvector(bytes, VecI), VecF);
 }
 
@@ -151,10 +147,9 @@ GK_INLINE VecF row_words(const T* row, int64_t word, int64_t n) {
   } else {  // an int8 is a bf16 exactly
     VecF words = {};
 #if GENAI_KERNELS_ISA_BF16
-    alignas(64) int8_t bytes[2 * kLanes] = {};
     const int64_t left = n - 2 * word;
-    __builtin_memcpy(bytes, row + 2 * word, left < 2 * kLanes ? left : 2 * kLanes);
-    const VecF low = int8_to_float(bytes, kLanes), high = int8_to_float(bytes + kLanes, kLanes);
+    const VecF low = int8_to_float(row + 2 * word, left);
+    const VecF high = left > kLanes ? int8_to_float(row + 2 * word + kLanes, left - kLanes) : VecF{};
     words = (VecF)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 #endif
     return words;
@@ -212,16 +207,6 @@ bool pack_values(const PagedAttentionParams& p, const StepRows& rows, const Step
     }
   }
   return finite.all_finite();
-}
-
-void pack_scales(const PagedAttentionParams& p, const PagesView& view, const int32_t* pages, int64_t kv_head,
-                 int64_t key, int64_t from, int64_t to, float* out) {
-  for (int64_t i = 0; i < kStepKeys; ++i) {
-    const int64_t at = key + i, page = at / p.page_size, token = at - page * p.page_size;
-    out[i] = from <= at && at < to
-                 ? view.scale[pages[page] * view.scale_page + token * view.scale_token + kv_head * view.scale_head]
-                 : 0;
-  }
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -40,8 +41,8 @@ struct Call {
   std::vector<PagedSequence> sequences;
   std::vector<PagedItem> items;
   std::vector<RowSpan> spans;
-  std::vector<int64_t> split;  // sequences whose ranges are items
-  std::vector<float> partials;
+  std::vector<int64_t> split;         // sequences whose ranges are items
+  std::unique_ptr<float[]> partials;  // written whole before it is read
 };
 
 const float* float_vector(const char* name, const OptionalTensor& t, int64_t heads, int64_t batch, int64_t& per_batch) {
@@ -238,8 +239,8 @@ void cut(Call& call) {
     for (int64_t head = 0; head < p.kv_heads; ++head)
       call.items.push_back({call.spans.data() + piece.span_begin, piece.span_end - piece.span_begin, head,
                             piece.key_begin, piece.key_end, piece.partial});
-  call.partials.resize(size_t(partials * (p.value_dim + 2)));
-  p.partials = call.partials.data();
+  call.partials = std::make_unique_for_overwrite<float[]>(size_t(partials * (p.value_dim + 2)));
+  p.partials = call.partials.get();
   p.sequences = call.sequences.data();
 }
 

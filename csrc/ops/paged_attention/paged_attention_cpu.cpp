@@ -33,7 +33,7 @@ namespace {
 // True if the scores are scaled before their maximum is taken, and not within the exponent: where there is more to do
 // with them than to scale, and in float32, whose results show the rounding of an exponent's factor.
 GK_INLINE bool scores_are_scaled(const PagedAttentionParams& p) {
-  return p.dtype == Dtype::f32 || p.softcap > 0 || p.slopes || p.tree || !(p.scale > 0);
+  return p.dtype == Dtype::f32 || p.softcap > 0 || p.slopes || !(p.scale > 0);
 }
 
 // out[Rows][vectors] = A B in whole products of registers.
@@ -94,8 +94,8 @@ GK_INLINE float finish_scores(const PagedAttentionParams& p, const Row& row, int
 }
 
 template <class P, Exponential Kind, int Rows>
-void attend_rows(const PagedAttentionParams& p, const PagedScratch<P>& scratch, int64_t block, int64_t key,
-                 int64_t begin, int64_t keys) {
+void attend_rows(const PagedAttentionParams& p, const PagedScratch<P>& scratch, const StepRows& step, int64_t block,
+                 int64_t key, int64_t begin, int64_t keys) {
   constexpr bool kScaled = Kind == Exponential::finest;
   const int64_t columns = round_up(keys, kProductVectors<Rows> * kLanes);
   const Row* rows = scratch.rows + block;
@@ -107,7 +107,7 @@ void attend_rows(const PagedAttentionParams& p, const PagedScratch<P>& scratch, 
   for (int r = 0; r < Rows; ++r) {
     float* s = scratch.s + r * kStepKeys;
     State& state = scratch.state[block + r];
-    const float largest = finish_scores<kScaled>(p, rows[r], begin, columns, scratch.scale_k + (begin - key), s);
+    const float largest = finish_scores<kScaled>(p, rows[r], begin, columns, step.k_scale + (begin - key), s);
     const float most = state.max > largest ? state.max : largest;
     const float finite = most == -kInfinity<float> ? 0 : most;  // -inf - -inf is kept out
     alpha[r] = probability_of<Kind>(broadcast(state.max - finite), unit)[0];
@@ -128,7 +128,7 @@ void attend_rows(const PagedAttentionParams& p, const PagedScratch<P>& scratch, 
     const float* s = scratch.s + r * kStepKeys;
     for (int64_t i = 0; i < keys; i += kLanes) {
       VecF x = load(s + i);
-      if (p.int8_cache) x = x == VecF{} ? x : x * load(scratch.scale_v + (begin - key) + i);
+      if (p.int8_cache) x = x == VecF{} ? x : x * load(step.v_scale + (begin - key) + i);
       if constexpr (P::kPerWord == 1) {
         __builtin_memcpy(scratch.p_words + r * kStepKeys + i, &x, sizeof x);
       } else {
@@ -163,8 +163,8 @@ void attend_rows(const PagedAttentionParams& p, const PagedScratch<P>& scratch, 
 
 // All rows of an item over one step.
 template <class P, Exponential Kind>
-void attend(const PagedAttentionParams& p, const PagedScratch<P>& scratch, int64_t rows, int64_t key, int64_t from,
-            int64_t to) {
+void attend(const PagedAttentionParams& p, const PagedScratch<P>& scratch, const StepRows& step, int64_t rows,
+            int64_t key, int64_t from, int64_t to) {
   int64_t r = 0;
   const auto run = [&](auto size) {
     constexpr int kRows = decltype(size)::value;
@@ -177,7 +177,7 @@ void attend(const PagedAttentionParams& p, const PagedScratch<P>& scratch, int64
       // A piece of multiply_folded begins where it would without the window; one product more or less is the same bits.
       const int64_t begin = least <= key ? key : key + (least - key) / kFoldKeys * kFoldKeys;
       const int64_t end = min_of(to, most + 1);
-      if (begin < end) attend_rows<P, Kind, kRows>(p, scratch, r, key, begin, round_up(end - begin, kKeyGroup));
+      if (begin < end) attend_rows<P, Kind, kRows>(p, scratch, step, r, key, begin, round_up(end - begin, kKeyGroup));
     }
   };
   if constexpr (kBlockRows == 4) run(IntTag<4>{});
@@ -270,11 +270,7 @@ void run_item(const PagedAttentionParams& p, const PagedItem& item, void* memory
       pack_keys<P, Cached>(p, now, next, round_up(to - key, kWidestProduct), scratch);
       scratch.v.separate(pack_values<P, Cached>(p, now, next, to - key, scratch),
                          round_up(to - key, kKeyGroup) / P::kPerWord);
-      if (p.int8_cache) {
-        pack_scales(p, p.k, sequence.pages, item.kv_head, key, from, to, scratch.scale_k);
-        pack_scales(p, p.v, sequence.pages, item.kv_head, key, from, to, scratch.scale_v);
-      }
-      run(p, scratch, count, key, from, to);
+      run(p, scratch, now, count, key, from, to);
     }
     if (item.partial) break;
     for (int64_t r = 0; r < count; ++r)

@@ -53,7 +53,7 @@ def paged_attention(
     Decode, chunked prefill, the verification of a draft and any mixture of them are one call. The new tokens are in the
     cache already (`append_kv_cache`) and are the last of their sequence. A token's result is the same bits whatever it
     is computed together with: alone or in a prefill, whatever the batch, the block size, the table and the threads.
-    Sequences whose tables begin with the same pages have them read once.
+    On the CPU, sequences whose tables begin with the same blocks have them read once.
 
     Args:
         q: `[tokens, heads, head_dim]` with `cu_seqlens_q`, or `[batch, heads, head_dim]`, one new token each, or

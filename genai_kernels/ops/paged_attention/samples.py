@@ -144,7 +144,11 @@ ACCURACY = Accuracy(c_fp32=_c_fp32)
 
 
 def _decode(batch: int, context: int, *, heads: int = 32, kv_heads: int = 8, dim: int = 128, **options: Any) -> Sample:
-    name = f"b{batch}_n{context}" + "".join(f"_{key}{value}" for key, value in options.items())
+    name = (
+        f"b{batch}_n{context}"
+        + ("_mha" if heads == kv_heads else "")
+        + "".join(f"_{key}{value}" for key, value in options.items())
+    )
     read = 2.0 * batch * context * kv_heads * dim
     return Sample(
         name,
@@ -156,6 +160,7 @@ def _decode(batch: int, context: int, *, heads: int = 32, kv_heads: int = 8, dim
 
 
 SAMPLES += [_decode(batch, n) for batch, n in ((1, 512), (1, 4096), (1, 32768), (8, 2048), (16, 4096), (64, 512))]
+SAMPLES += [_decode(4, 4096), _decode(4, 4096, heads=8)]
 SAMPLES += [_decode(8, 2048, block_size=size) for size in (1, 64, 256)]
 
 
