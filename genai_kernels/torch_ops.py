@@ -101,13 +101,16 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
 
 
 _triton: dict[str, Callable[..., Any]] = {}  # the same ops in Triton, once triton_lib.load() has run
+_with_float64: set[str] = set()  # of these, those with parameters that may be float64
 
 
-def in_triton(name: str) -> Callable[[F], F]:
+def in_triton(name: str, float64_parameters: bool = False) -> Callable[[F], F]:
     """Declares a function as the torch op `name` in Triton: the same arguments and results."""
 
     def decorate(function: F) -> F:
         _triton[name] = function
+        if float64_parameters:
+            _with_float64.add(name)
         return function
 
     return decorate
@@ -124,7 +127,8 @@ def _run_in_triton(name: str, args: tuple[Any, ...]) -> Any:
         raise NotImplementedError(
             f'genai_kernels.{public}: it has no Triton kernel; use another backend than use_backend("triton")'
         )
-    triton_lib.check_place(public, args)
+    is_parameter = [name in _with_float64 and getattr(a, "dtype", None) == torch.float64 for a in args[1:]]
+    triton_lib.check_place(public, (args[0], *(a for a, skip in zip(args[1:], is_parameter, strict=True) if not skip)))
     if result_of == name:
         return _triton[name](*args)
     outs = _written(name, args)

@@ -1,5 +1,7 @@
 """Every test runs with the same thread count and seed, and leaves no flag behind."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ def _fresh_state():
 
 def pytest_addoption(parser):
     parser.addoption("--op", default=None, help="only the tests of one op")
+    parser.addoption("--enough", type=float, default=math.inf, help="elements of an output after which two draws do")
 
 
 def pytest_collection_modifyitems(config, items):

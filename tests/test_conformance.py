@@ -21,8 +21,9 @@ def name_of(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @each_case
-def test_accuracy(op, sample, dtype):
-    complaints = [f"{v.what}: {v.complaint}" for v in verify_sample(op, sample, dtype) if not v.ok]
+def test_accuracy(op, sample, dtype, pytestconfig):
+    verdicts = verify_sample(op, sample, dtype, enough=pytestconfig.getoption("--enough"))
+    complaints = [f"{v.what}: {v.complaint}" for v in verdicts if not v.ok]
     assert not complaints, "; ".join(complaints)
 
 

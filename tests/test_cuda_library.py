@@ -13,11 +13,13 @@ from test_cuda_build import objects  # noqa: F401  the fixture: the .cu files ar
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/cuda_library"
 LOAD = ROOT / "tests/cuda_simulator/load.py"  # puts any library in the place of genai_kernels._C
+# One instruction set of four: the CPU kernels know nothing of CUDA, and the library in genai_kernels/ has them all.
+ENVIRONMENT = {**os.environ, "CPPFLAGS": "-DGENAI_KERNELS_BASELINE_ONLY", "GENAI_KERNELS_ISA": "baseline"}
 
 
 @pytest.fixture(scope="module")
 def library(objects):  # noqa: F811
-    environment = {**os.environ, "GENAI_KERNELS_CUDA": "1"}
+    environment = {**ENVIRONMENT, "GENAI_KERNELS_CUDA": "1"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", FOLDER / "temp", "--build-lib", FOLDER]
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:  # of several processes one compiles, and the others find it done
@@ -29,7 +31,7 @@ def library(objects):  # noqa: F811
 
 
 def run(library, program):
-    environment = {**os.environ, "CUDA_SIMULATOR_LIBRARY": str(library), "PYTHONPATH": f"{LOAD.parent}:{ROOT}"}
+    environment = {**ENVIRONMENT, "CUDA_SIMULATOR_LIBRARY": str(library), "PYTHONPATH": f"{LOAD.parent}:{ROOT}"}
     command = [sys.executable, "-c", f"import load\n{program}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -22,11 +22,11 @@ def test_a_dry_run_goes_through_every_stage(dry):
     assert {r["stage"] for r in log.read()} == {"fingerprint", "ceilings", "correct", "sanitize", "time", "profile"}
     checked = log.read("correct")
     assert {r["op"] for r in checked} == {
-        "append_kv_cache", "flash_attention", "paged_attention", "rms_norm", "silu_and_mul",
+        "append_kv_cache", "flash_attention", "paged_attention", "rms_norm", "sample", "silu_and_mul",
     }  # fmt: skip
     assert all(r["samples"] == 2 and r["comparisons"] > 2 and not r["failures"] for r in checked)
     timed = log.read("time")
-    assert len(timed) == 6
+    assert len(timed) == 7
     assert all("cpu" in r["timings"] and r["timings"]["cpu"]["error"] < 2e-2 for r in timed)
 
 

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program can have
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program can have, by card
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8",
@@ -62,11 +62,11 @@ def compiled(name, constants, capability, binary, path):
     return Kernel(name, constants, capability, binary.asm["ptx"], binary.metadata.shared, registers, stack)
 
 
-def compile_instead(kernels, folder):
-    """A stand-in for JITFunction.run: compiles for both targets and launches nothing."""
+def compile_instead(kernels, folder, cards):
+    """A stand-in for JITFunction.run: compiles for these cards and launches nothing."""
     seen = set()
 
-    def run(self, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs):
+    def run(self, *args, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, **kwargs):
         given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         fixed = {p.name for p in self.params if p.is_constexpr}
         fixed |= {n for n, v in given.items() if v is None or (type(v) is int and v == 1)}
@@ -86,13 +86,13 @@ def compile_instead(kernels, folder):
             binary = triton.compile(
                 ASTSource(self, signature, constants, attributes),
                 target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": num_warps, "num_stages": num_stages},
+                options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion},
             )
             named = {n: given[n] for n in fixed}
             return compiled(self.__name__, named, capability, binary, folder / f"kernel_{capability}.cubin")
 
         with ThreadPoolExecutor() as pool:  # the assembler is a process of its own
-            kernels.extend(pool.map(one, SHARED_MEMORY))
+            kernels.extend(pool.map(one, cards))
 
     return run
 
@@ -105,10 +105,13 @@ def _without_a_device(monkeypatch):
 
 
 @pytest.fixture
-def kernels(monkeypatch, tmp_path):
+def kernels(monkeypatch, tmp_path, request):
+    """float32 for the smaller card alone: what the larger has more, wgmma, multiplies 16 bits."""
     found = []
+    dtype = request.node.callspec.params["dtype"] if hasattr(request.node, "callspec") else torch.bfloat16
+    cards = (80,) if dtype == torch.float32 else (80, 90)
     monkeypatch.setattr(triton_lib, "check_place", lambda op, args: None)
-    monkeypatch.setattr(JITFunction, "run", compile_instead(found, tmp_path))
+    monkeypatch.setattr(JITFunction, "run", compile_instead(found, tmp_path, cards))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     return found
 
@@ -148,7 +151,7 @@ def test_compiles(op, dtype, kernels):
     call(op, largest, dtype)
     if dtype == torch.bfloat16 and plain is not largest:  # what most calls run
         call(op, plain, dtype)
-    assert kernels
+    assert {k.capability for k in kernels} == ({80} if dtype == torch.float32 else {80, 90})
     assert [k[:3] for k in kernels if k.shared > SHARED_MEMORY[k.capability]] == []
 
 
@@ -176,3 +179,14 @@ def test_paged_decoding_uses_the_matrix_units_and_no_stack(kernels):
     for k in kernels:
         if k.name == "attend_kernel":
             assert re.search(r"wgmma\.mma_async.*bf16" if k.capability == 90 else r"mma\.sync.*bf16", k.ptx)
+
+
+def test_the_weights_of_sample_have_no_fused_multiply_add(kernels):
+    """Or they would be other integers than the CPU's."""
+    op = OPS["sample"]
+    call(op, next(s for s in op.samples if s.name == "mixed"), torch.bfloat16)
+    assert {k.name for k in kernels} == {"weigh_kernel", "penalise_kernel", "choose_kernel"}
+    for k in kernels:
+        assert "fma.rn" not in k.ptx, k.name
+        if k.name == "weigh_kernel":
+            assert len(re.findall(r"mul\.rn\.f64|mul\.f64", k.ptx)) >= 11

@@ -14,6 +14,7 @@ import functools
 
 import numpy as np
 import pytest
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -59,12 +60,41 @@ def _remember_types():
     block_type.__init__, tensor.__init__ = remembered_type, remembered_tensor
 
 
+def _remember_shapes():
+    """Shapes that are broadcast to each other, in numpy's numbers; the front end's are objects, compared in Python."""
+    semantic, types = triton.language.semantic.TritonSemantic, {}
+    broadcast = semantic.broadcast_impl_value
+
+    def widened(self, x, shape):
+        if x.handle.data.shape == shape:
+            return x
+        key = (x.dtype.name, shape)
+        if key not in types:
+            types[key] = tl.block_type(x.dtype, list(shape))
+        return self.tensor(TensorHandle(np.broadcast_to(x.handle.data, shape), x.dtype), types[key])
+
+    def remembered(self, left, right):
+        if not (left.type.is_block() and right.type.is_block()):
+            return broadcast(self, left, right)
+        a, b = left.handle.data.shape, right.handle.data.shape
+        if a == b:
+            return left, right
+        if len(a) != len(b):
+            return broadcast(self, left, right)
+        shape = np.broadcast_shapes(a, b)
+        return widened(self, left, shape), widened(self, right, shape)
+
+    semantic.broadcast_impl_value = remembered
+
+
 def _make_faster():
-    """Three quarters of the interpreter's time, which is no arithmetic: it puts its own functions into triton.language
-    at each call of each function (here once for each module, to stay), makes a table of dtypes for each cast, and does
-    each addition of integers a second time in 64 bits, to see whether it overflows.
+    """Most of the interpreter's time, which is no arithmetic: it puts its own functions into triton.language at each
+    call of each function (here once for each module, to stay), makes types and compares shapes for each operation and a
+    table of dtypes for each cast, and does each addition of integers a second time in 64 bits, to see whether it
+    overflows.
     """
     _remember_types()
+    _remember_shapes()
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(fn):

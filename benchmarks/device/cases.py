@@ -262,6 +262,26 @@ def append(tokens: int, kv_heads: int = 8, head_dim: int = 128) -> Case:
     return Case("append_kv_cache", name, make, ours, peers, plain, elements=4.0 * tokens * kv_heads * head_dim)
 
 
+# ---- the next token ----
+
+
+def next_token(batch: int, vocab: int) -> Case:
+    """Top-k and top-p. Eager is the sort: another random generator would draw other tokens."""
+    from genai_kernels.registry import OPS
+
+    def make(device: str, dtype: torch.dtype) -> Tensors:
+        return (3 * torch.randn(batch, vocab, device=device, dtype=dtype), torch.arange(batch, device=device))
+
+    def drawing(function: Function) -> Function:
+        return lambda x, offset: function(x, temperature=0.8, top_k=50, top_p=0.9, seed=5, offset=offset)
+
+    reference = drawing(OPS["sample"].reference)
+    name = f"{batch}x{vocab}"
+    return Case(
+        "sample", name, make, drawing(gk.sample), {"eager": reference}, reference, elements=float(batch * vocab)
+    )
+
+
 def cases(dry: bool = False) -> Iterator[Case]:
     """In order of importance: a run whose time ends has what matters."""
     if dry:
@@ -271,6 +291,7 @@ def cases(dry: bool = False) -> Iterator[Case]:
         yield rows("silu_and_mul", (8, 64), backward=True)
         yield paged_decode(2, 64, kv_heads=1, group=2, head_dim=16)
         yield append(9, kv_heads=2, head_dim=16)
+        yield next_token(2, 300)
         return
     for causal in (False, True):
         yield attention(8192, 128, causal)
@@ -281,6 +302,7 @@ def cases(dry: bool = False) -> Iterator[Case]:
     for batch, context in ((64, 4096), (16, 16384), (64, 16384)):
         yield paged_decode(batch, context)
     yield append(16384)
+    yield next_token(64, 128000)
     for head_dim in (64, 256):
         for causal in (False, True):
             yield attention(8192, head_dim, causal)

@@ -6,6 +6,7 @@ fails. The environments see the torch of the running one through links, as if it
 
 import hashlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -113,13 +114,34 @@ def library_hash(file):
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+# One instruction set of four, in less than half of the time: all but one of the builds.
+ONE_SET = "-DGENAI_KERNELS_BASELINE_ONLY"
+WITH_ONE_SET = {"CPPFLAGS": ONE_SET, "GENAI_KERNELS_ISA": "baseline"}
 HASHES = {}  # of _C.abi3.so and _runtime, by how they were built
+FLAGS = {}  # of every source file, by the same
 
 
-def expect_same_libraries(how, package):
-    """Every way to build gives the same bits, wherever the sources lie."""
-    HASHES[how] = (library_hash(package / "_C.abi3.so"), library_hash(package / RUNTIME))
-    assert len(set(HASHES.values())) == 1, HASHES
+def flags_of(log):
+    """{source file: the flags it was compiled with, but for those that name a folder}."""
+    commands = [shlex.split(line) for line in re.findall(r"\[\d+/\d+\] (c\+\+ .*)", log)]
+    sources = [next(word for word in words if word.endswith(".cpp")).partition("csrc/")[2] for words in commands]
+    flags = [[word for word in words if word.startswith("-") and "/" not in word] for words in commands]
+    return dict(zip(sources, flags, strict=True))
+
+
+def expect_same_build(how, log, package, one_set=True):
+    """Every way to build compiles the same files with the same flags; equal ones give the same bits, wherever the
+    sources lie.
+    """
+    flags = flags_of(log)
+    assert {"ops/rms_norm/rms_norm_cpu.cpp", "runtime/binding.cpp"} <= set(flags)
+    assert all((ONE_SET in words) == one_set for words in flags.values())
+    FLAGS[how] = {name: [w for w in words if w != ONE_SET] for name, words in flags.items()}
+    assert all(other == FLAGS[how] for other in FLAGS.values()), FLAGS
+    kernels = library_hash(package / "_C.abi3.so") if one_set else "all sets"
+    HASHES[how] = kernels, library_hash(package / RUNTIME)
+    assert len({runtime for _, runtime in HASHES.values()}) == 1, HASHES
+    assert len({kernels for kernels, _ in HASHES.values()} - {"all sets"}) <= 1, HASHES
 
 
 def test_pip_install(environment, tmp_path):
@@ -129,7 +151,7 @@ def test_pip_install(environment, tmp_path):
     assert "asking for torch" not in log
     where = environment.run("-c", TRY).split()[-1]
     assert Path(where) == environment.packages / "genai_kernels"
-    expect_same_libraries("pip install .", Path(where))
+    expect_same_build("pip install .", log, Path(where), one_set=False)
     # Python started in the repository's root finds the source folder first, which has no library.
     said = environment.run("-c", "import genai_kernels", cwd=source, fails=True)
     assert "ImportError: genai_kernels was imported from" in said
@@ -138,16 +160,18 @@ def test_pip_install(environment, tmp_path):
 
 def test_pip_install_editable(environment, tmp_path):
     source = copy_of_sources(tmp_path / "source")
+    environment.variables |= WITH_ONE_SET
     log = environment.run("-m", "pip", "install", "-v", "-e", source)
     assert "building against it" in log
     assert Path(environment.run("-c", TRY).split()[-1]) == source / "genai_kernels"
     assert Path(environment.run("-c", TRY, cwd=source).split()[-1]) == source / "genai_kernels"
-    expect_same_libraries("pip install -e .", source / "genai_kernels")
+    expect_same_build("pip install -e .", log, source / "genai_kernels")
 
 
 def test_build_then_install_the_wheel(environment, wheelhouse, tmp_path):
     """`python -m build`: the sdist, the wheel from it, both as they should be; the wheel in another environment."""
     source = copy_of_sources(tmp_path / "source")
+    environment.variables |= WITH_ONE_SET
     log = environment.run("-m", "build", "--outdir", tmp_path / "dist", source)
     assert re.search(r"genai_kernels: torch \S+ of \S+/env/bin/python: building against it", log)
     sdist, wheel = sorted(tmp_path.glob("dist/*"), key=lambda p: p.suffix)
@@ -171,7 +195,7 @@ def test_build_then_install_the_wheel(environment, wheelhouse, tmp_path):
     assert {n for n in needed if n.startswith("genai_kernels/")} <= installed
     assert {n.partition("/")[0] for n in installed} == {"genai_kernels", f"genai_kernels-{VERSION}.dist-info"}
     library = tmp_path / "genai_kernels/_C.abi3.so"
-    expect_same_libraries("python -m build", library.parent)
+    expect_same_build("python -m build", log, library.parent)
     undefined = subprocess.run(
         ["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout
@@ -179,6 +203,7 @@ def test_build_then_install_the_wheel(environment, wheelhouse, tmp_path):
     assert re.findall(r".*\b(?:at|c10)::.*", undefined) == []
 
     other = Environment(tmp_path / "other", wheelhouse)
+    other.variables |= WITH_ONE_SET
     other.run("-m", "pip", "install", wheel)
     assert Path(other.run("-c", TRY).split()[-1]) == other.packages / "genai_kernels"
 

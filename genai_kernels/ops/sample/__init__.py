@@ -37,7 +37,7 @@ def _number(name: str, value: Any, whole: bool) -> tuple[torch.Tensor | None, An
     samples=samples.SAMPLES,
     exact=True,
     differentiable=False,
-    gpu=(),  # PyTorch's sort-based composition serves there, counted as a fallback
+    gpu=("triton",),
     overloads=("sample", "sample_logprobs"),
     peers=samples.PEERS,
 )
@@ -99,6 +99,8 @@ def sample(
         ValueError: parameters out of range; a row with NaN or +inf, or with nothing but -inf.
         IndexError: a token of `previous_tokens` that is not in the vocabulary.
         TypeError: dtypes that do not fit.
+        On a GPU nothing waits for what tensors hold: parameters in tensors are not looked at, previous tokens that are
+        not in the vocabulary are skipped, and a row that no token can be drawn from has the token -1 and NaN.
 
     Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019 (top-p); Nguyen et al., "Turning Up
     the Heat: Min-p Sampling", 2024; Keskar et al., "CTRL", 2019 (repetition penalty); Salmon et al., "Parallel Random
