@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="triton is not installed here")
 
 TESTS = Path(__file__).resolve().parent
 SHARDS = 8  # not a multiple of 3, or each would have one dtype of every test, and float32 takes longest
-# Elements of each output, of two draws of a sample at least. Eight draws, as elsewhere, are for rounding errors near the
-# limit in outputs of a few hundred elements; all run the same programs, and what these get wrong shows in the first.
+# Elements of each output, of two draws of a sample at least. Eight, as elsewhere, are for rounding errors near the
+# limit in outputs of a few hundred elements; what the programs get wrong, the same in every draw, shows in the first.
 ENOUGH = 2000
 PAGED = "ops/test_paged_attention.py::"
 WHAT = (
