@@ -272,7 +272,12 @@ MUTANTS = [
     *planted(
         "paged_attention",
         PAGED + "item.h",
-        ("page turned one token late", "if (token == p.page_size) token", "if (token == p.page_size + 1) token"),
+        (
+            "page turned one token late",
+            "min_of(p.page_size - token, to - at)",
+            "min_of(p.page_size + 1 - token, to - at)",
+        ),
+        ("a key that no row sees is not zero", "rows.rows[i] = zeros;", "rows.rows[i] = p.k.data;"),
         ("place in the page forgotten", "token * p.k.token + kv_head * p.k.head", "kv_head * p.k.head"),
         ("left edge one key further", "diagonal - p.left)", "diagonal - p.left - 1)"),
         ("right edge one key nearer", "diagonal + p.right)", "diagonal + p.right - 1)"),
@@ -284,7 +289,12 @@ MUTANTS = [
     *planted(
         "paged_attention",
         kernel("paged_attention"),
-        ("output never rescaled", "fma(load(to), broadcast(alpha[r]), x)", "load(to) + x"),
+        (
+            "output never rescaled",
+            "fma(load(o + d), broadcast(alpha[r]), load(scratch.products + d))",
+            "load(o + d) + load(scratch.products + d)",
+        ),
+        ("NaN in V is not looked for", "return horizontal_sum<float>(finite) == 0;", "return true;"),
         ("keys out of the window are read", "first_step, first, min_of", "first_step, first_step, min_of"),
         ("a range is not folded", "total.sum = fma(broadcast(total.sum), before, broadcast(state.sum) * now)[0];", ""),
         (
@@ -297,12 +307,30 @@ MUTANTS = [
         ("tree forgotten for a seen NaN", "!(row.tree && at >= row.tree_begin", "!(false && at >= row.tree_begin"),
         (
             "a chain of the sum left out",
-            "(sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3])",
-            "(sum[r][0] + sum[r][1]) + sum[r][2]",
+            "sum[part] = sum[part] + sum[part + parts / 2];",
+            "sum[part] = part ? sum[part] : sum[part] + sum[part + parts / 2];",
         ),
-        ("pieces begin with the window", "key + (least - key) / kFoldKeys * kFoldKeys", "key + (least - key) / 8 * 8"),
+        ("pieces begin with the window", "key + (least - key) / kFoldKeys * kFoldKeys", "key + (least - key) / 4 * 4"),
         ("sink of the first head for all", "p.sink[head]", "p.sink[0]"),
         ("partial results in another order", "range < s.ranges(); ++range) {", "range + 1 < s.ranges(); ++range) {"),
+    ),
+    *planted(
+        "paged_attention",
+        PAGED + "products.h",
+        ("chains of a packed score in another order", "const int lane = (i & 1) << 3 |", "const int lane = i; //"),
+        ("last words of a row left out", "if (w * P::kPerWord < head_dim)\n", "if (false)\n"),
+        (
+            "half of the lanes of a score twice",
+            "crossed[l] = l & M ? b[l ^ M] : a[l ^ M];",
+            "crossed[l] = straight[l];",
+        ),
+        ("one chain of the values", "total[r][v] + (sum[0][r][v] + sum[1][r][v])", "total[r][v] + sum[0][r][v]"),
+        (
+            "values of the first words again",
+            "add_products<P, Rows, 1, false>(p, values, d,",
+            "add_products<P, Rows, 1, false>(p, values, 0,",
+        ),
+        units=(kernel("paged_attention"),),
     ),
     *planted(
         "paged_attention",

@@ -1,25 +1,28 @@
 // What an item of paged_attention works with: its rows and what each of them sees, the thread's scratch, and the keys and
-// values of a step, packed. Included inside an instruction-set region after vec.h, tile_gemm.h, transpose.h and
+// values of a step, where they lie or packed. Included inside an instruction-set region after vec.h, tile_gemm.h, transpose.h and
 // attention_pack.h.
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
 namespace {
 
 constexpr int kStepKeys = 128;  // as flash_attention's: the sums of a row are grouped by them
-// Words of a piece of a sum: two chains of 4. PyTorch's product of one row with a matrix has sums as short, and a score's
-// rounding is most of the error of a result; 12 % more additions in work that is bound by memory.
+// Chains of a score, one for each word of the head dimension modulo this: 8 terms each for a head_dim of 128, which is as
+// exact as PyTorch's product of one row with a matrix. A score's rounding is most of the error of a result.
+constexpr int kSumLanes = 16;
+// Words of a piece of a sum over keys: two chains of 4, for the same reason; 12 % more additions.
 constexpr int64_t kPieceWords = 8;
-constexpr int kFoldKeys = 64;          // whole pieces of multiply_folded, whatever a word holds
-constexpr int kBlockRows = kTileRows;  // rows multiplied together
-// Registers of a product with so many rows: enough chains to hide the latency of the multiply-add, and no more
-// accumulators than there are registers.
-template <int Rows>
-constexpr int kProductVectors = Rows >= 4   ? 2
-                                : Rows == 2 ? (kTileRows == 2 ? 2 : 4)
-                                            : 4;
-constexpr int kWidestProduct = 4 * kLanes;
-
-typedef float Quad __attribute__((vector_size(16)));
+template <class P>
+constexpr int64_t kPieceKeys = kPieceWords * P::kPerWord;
+constexpr int kFoldKeys = 64;          // whole pieces and tiles, whatever a word and a register hold
+constexpr int64_t kPackedValues = 32;  // words of packed V at a time for all rows of a block: 16 KiB, a third of the L1
+// Rows that are attended together: what the probabilities of a step are kept for. An item of no more reads K and V where
+// they lie; one of more packs them first, which costs as much as the products of 12 rows or so.
+constexpr int64_t kBlockRows = 16;
+constexpr int kPackedKeys = 2 * kLanes;  // of a tile of packed keys; 4 rows times this are 8 chains of multiply-adds
+// A row is asked for so many bytes before it is read. With as many cache lines on the way, rows scattered over pages are
+// read as fast as memory that is read from end to end; a step ahead, they are not.
+constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kMostAhead = 32;
 
 struct Row {
   int64_t first, last;  // visible keys, inclusive
@@ -37,30 +40,33 @@ struct State {
 template <class P>
 struct PagedScratch {
   using Word = typename P::Word;
-  int64_t q_words, q_stride, value_stride;
+  int64_t q_words, q_stride, value_stride;  // q_words: whole chains of a score
   Row* rows;
   State *state, *total;
   Word *q, *k_t, *p_words;
-  float *o, *total_o, *s;
+  float *o, *total_o, *s, *products;
+  char* zeros;  // a row of K or V that is not there
+  int64_t zeros_bytes;
   Arena arena;
   Contracted<P> v;
   char* end;
 
   PagedScratch(const PagedAttentionParams& p, int64_t count, void* memory)
-      : value_stride(row_stride<float>(round_up(p.value_dim, kWidestProduct))),
-        arena(memory),
-        v(arena, kStepKeys / P::kPerWord, value_stride) {
-    q_words = (p.head_dim + P::kPerWord - 1) / P::kPerWord;
+      : value_stride(row_stride<float>(p.value_dim)), arena(memory), v(arena, kStepKeys / P::kPerWord, value_stride) {
+    q_words = round_up((p.head_dim + P::kPerWord - 1) / P::kPerWord, kSumLanes);
     q_stride = row_stride<float>(q_words);
     rows = arena.take<Row>(count);
     state = arena.take<State>(count);
     total = arena.take<State>(count);
     q = arena.take<Word>(count * q_stride);
-    k_t = arena.take<Word>(round_up(q_words, kLanes) * kStepKeys);
     p_words = arena.take<Word>(kBlockRows * kStepKeys);
     s = arena.take<float>(kBlockRows * kStepKeys);
+    products = arena.take<float>(kBlockRows * value_stride);
     o = arena.take<float>(count * value_stride);
     total_o = arena.take<float>(count * value_stride);
+    zeros_bytes = max_of(p.head_dim, p.value_dim) * int64_t(sizeof(float));
+    zeros = arena.take<char>(zeros_bytes);
+    k_t = arena.take<Word>(count > kBlockRows ? q_words * kStepKeys : 0);
     end = arena.end();
   }
 };
@@ -88,44 +94,67 @@ void set_rows(const PagedAttentionParams& p, const PagedItem& item, PagedScratch
       T stage[kLanes * P::kPerWord];
       for (int64_t w = 0; w < scratch.q_words; w += kLanes) {
         const int64_t from = w * P::kPerWord, n = min_of<int64_t>(kLanes * P::kPerWord, p.head_dim - from);
-        const T* part = contiguous(q + from * p.q_dim, p.q_dim, n, stage);
-        const Vec<float> words = load_row_words<P>(part, 0, n);
+        const T* part = n > 0 ? contiguous(q + from * p.q_dim, p.q_dim, n, stage) : stage;
+        const VecF words = n > 0 ? load_row_words<P>(part, 0, n) : VecF{};
         __builtin_memcpy(scratch.q + count * scratch.q_stride + w, &words, sizeof words);
       }
     }
   }
 }
 
-// ---- packing ----
+// ---- the keys of a step ----
 
-// Where the rows of K and V of a step lie, for one key head; null for keys that no row sees. The scales are int8's.
+// Where the rows of K and V of a step lie, for one key head, in the order in which they are read, and the first rows of
+// the next step; zeros for keys that no row sees. The scales are int8's.
 struct StepRows {
-  const char *k[kStepKeys], *v[kStepKeys];
+  const char* rows[2 * kStepKeys + kMostAhead];
   float k_scale[kStepKeys], v_scale[kStepKeys];
+  const char** k() { return rows; }
+  const char** v() { return rows + kStepKeys; }
+  const char* const* k() const { return rows; }
+  const char* const* v() const { return rows + kStepKeys; }
+  const char** next() { return rows + 2 * kStepKeys; }
 };
 
 // The rows of keys [from, to) of the step at `key`, of elements of `size` bytes.
 inline void find_rows(const PagedAttentionParams& p, const int32_t* pages, int64_t kv_head, int64_t key, int64_t from,
-                      int64_t to, int64_t size, StepRows& rows) {
-  for (int64_t i = 0; i < kStepKeys; ++i) rows.k[i] = rows.v[i] = nullptr, rows.k_scale[i] = rows.v_scale[i] = 0;
-  if (from >= to) return;
-  int64_t page = from / p.page_size, token = from - page * p.page_size;  // counted on: a division for each key is dear
-  for (int64_t at = from; at < to; ++at, ++token) {
-    if (token == p.page_size) token = 0, ++page;
-    const int64_t block = pages[page];
-    rows.k[at - key] = p.k.data + (block * p.k.page + token * p.k.token + kv_head * p.k.head) * size;
-    rows.v[at - key] = p.v.data + (block * p.v.page + token * p.v.token + kv_head * p.v.head) * size;
-    if (!p.int8_cache) continue;
-    rows.k_scale[at - key] = p.k.scale[block * p.k.scale_page + token * p.k.scale_token + kv_head * p.k.scale_head];
-    rows.v_scale[at - key] = p.v.scale[block * p.v.scale_page + token * p.v.scale_token + kv_head * p.v.scale_head];
+                      int64_t to, int64_t size, const char* zeros, StepRows& rows) {
+  if (from > key || to < key + kStepKeys) {
+    for (int64_t i = 0; i < 2 * kStepKeys; ++i) rows.rows[i] = zeros;
+    for (int64_t i = 0; i < kStepKeys; ++i) rows.k_scale[i] = rows.v_scale[i] = 0;
+  }
+  for (int64_t at = from; at < to;) {  // a page at a time: a division for each key is dear
+    const int64_t page = at / p.page_size, token = at - page * p.page_size, block = pages[page];
+    const int64_t count = min_of(p.page_size - token, to - at);
+    const char* k = p.k.data + (block * p.k.page + token * p.k.token + kv_head * p.k.head) * size;
+    const char* v = p.v.data + (block * p.v.page + token * p.v.token + kv_head * p.v.head) * size;
+    for (int64_t i = at - key; i < at - key + count; ++i, k += p.k.token * size, v += p.v.token * size)
+      rows.k()[i] = k, rows.v()[i] = v;
+    if (p.int8_cache) {
+      const float* k_scale = p.k.scale + block * p.k.scale_page + token * p.k.scale_token + kv_head * p.k.scale_head;
+      const float* v_scale = p.v.scale + block * p.v.scale_page + token * p.v.scale_token + kv_head * p.v.scale_head;
+      for (int64_t i = 0; i < count; ++i) {
+        rows.k_scale[at - key + i] = k_scale[i * p.k.scale_token];
+        rows.v_scale[at - key + i] = v_scale[i * p.v.scale_token];
+      }
+    }
+    at += count;
   }
 }
 
-// Asks for the cache lines of a row; nothing is read.
-GK_INLINE void prefetch_row(const char* row, int64_t bytes) {
-  if (!row) return;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-}
+// Asks for rows before they are read, one cache line at a time between the multiply-adds: the lines on their way are so
+// few that a burst of them would hold up what follows. Nothing is read.
+struct Ahead {
+  int64_t count;  // rows
+  explicit Ahead(int64_t row_bytes) : count(min_of(kMostAhead, kAheadBytes / row_bytes + 1)) {}
+  // The line that begins `offset` bytes into the row that is read `count` rows after this one, if one does.
+  GK_INLINE void ask(const char* const* row, int64_t offset) const {
+    if (offset % 64 == 0) __builtin_prefetch(row[count] + offset);
+  }
+  void ask_row(const char* const* row, int64_t bytes) const {
+    for (int64_t offset = 0; offset < bytes; offset += 64) ask(row, offset);
+  }
+};
 
 GK_INLINE VecF int8_to_float(const int8_t* from, int64_t n) {
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
@@ -163,50 +192,49 @@ GK_INLINE VecF row_values(const T* row, int64_t i, int64_t n) {
     return int8_to_float(row + i, n - i);
 }
 
-// k_t[words][kStepKeys] = K^T of the rows of a step, `padded` keys of it. The rows of the next one come into the cache
-// meanwhile, a few at a time.
+// Two rows of V as words of pairs. Exact where they are bf16 or int8.
+GK_INLINE VecU pair_words(VecF even, VecF odd) {
+  return (bit_cast<VecU>(even) >> 16) | (bit_cast<VecU>(odd) & 0xffff0000);
+}
+
+// ---- packing, for many rows ----
+
+// k_t[keys / kPackedKeys][words][kPackedKeys] = K^T of the first `keys` of a step, whole tiles.
 template <class P, class T>
-void pack_keys(const PagedAttentionParams& p, const StepRows& rows, const StepRows& next, int64_t padded,
-               const PagedScratch<P>& scratch) {
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) prefetch_row(next.k[i + l], p.head_dim * int64_t(sizeof(T)));
+void pack_keys(const PagedAttentionParams& p, const StepRows& step, int64_t keys, const PagedScratch<P>& scratch) {
+  const Ahead ahead(p.head_dim * int64_t(sizeof(T)));
+  for (int64_t i = 0; i < keys; i += kLanes) {
+    const char* const* rows = step.k() + i;
+    for (int l = 0; l < kLanes; ++l) ahead.ask_row(rows + l, p.head_dim * int64_t(sizeof(T)));
+    typename P::Word* to = scratch.k_t + i / kPackedKeys * kPackedKeys * scratch.q_words + i % kPackedKeys;
     for (int64_t w = 0; w < scratch.q_words; w += kLanes) {
       VecF x[kLanes];
-      GK_UNROLL for (int l = 0; l < kLanes; ++l) {
-        const T* row = reinterpret_cast<const T*>(rows.k[i + l]);
-        x[l] = row ? row_words<P>(row, w, p.head_dim) : VecF{};
-      }
+      GK_UNROLL for (int l = 0; l < kLanes; ++l) x[l] =
+          w * P::kPerWord < p.head_dim ? row_words<P>(reinterpret_cast<const T*>(rows[l]), w, p.head_dim) : VecF{};
       transpose(x);
-      GK_UNROLL for (int l = 0; l < kLanes; ++l)  // rows past q_words lie in the rounding of k_t
-          __builtin_memcpy(scratch.k_t + (w + l) * kStepKeys + i, &x[l], sizeof x[l]);
+      GK_UNROLL for (int l = 0; l < kLanes; ++l) __builtin_memcpy(to + (w + l) * kPackedKeys, &x[l], sizeof x[l]);
     }
   }
 }
 
 // V of the first `keys` of them: [key words][value_stride].
 template <class P, class T>
-bool pack_values(const PagedAttentionParams& p, const StepRows& rows, const StepRows& next, int64_t keys,
-                 const PagedScratch<P>& scratch) {
-  Finiteness<float> finite;
+void pack_values(const PagedAttentionParams& p, const StepRows& step, int64_t keys, const PagedScratch<P>& scratch) {
+  const Ahead ahead(p.value_dim * int64_t(sizeof(T)));
   typename P::Word* out = scratch.v.packed;
-  for (int64_t i = 0; i < round_up(keys, kKeyGroup); i += P::kPerWord, out += scratch.v.stride) {
-    for (int h = 0; h < P::kPerWord; ++h) prefetch_row(next.v[i + h], p.value_dim * int64_t(sizeof(T)));
-    const T *row = reinterpret_cast<const T*>(rows.v[i]),
-            *after = P::kPerWord == 2 ? reinterpret_cast<const T*>(rows.v[i + 1]) : nullptr;
-    for (int64_t d = 0; d < scratch.value_stride; d += kLanes) {
-      const VecF x = row && d < p.value_dim ? row_values(row, d, p.value_dim) : VecF{};
-      finite.see(x);
+  for (int64_t i = 0; i < keys; i += P::kPerWord, out += scratch.v.stride) {
+    const char* const* rows = step.v() + i;
+    for (int h = 0; h < P::kPerWord; ++h) ahead.ask_row(rows + h, p.value_dim * int64_t(sizeof(T)));
+    for (int64_t d = 0; d < p.value_dim; d += kLanes) {
+      const VecF x = row_values(reinterpret_cast<const T*>(rows[0]), d, p.value_dim);
       if constexpr (P::kPerWord == 1) {
         __builtin_memcpy(out + d, &x, sizeof x);
       } else {
-        const VecF y = after && d < p.value_dim ? row_values(after, d, p.value_dim) : VecF{};
-        finite.see(y);
-        const VecU words = (bit_cast<VecU>(x) >> 16) | (bit_cast<VecU>(y) & 0xffff0000);  // exact: they are bf16
+        const VecU words = pair_words(x, row_values(reinterpret_cast<const T*>(rows[1]), d, p.value_dim));
         __builtin_memcpy(out + d, &words, sizeof words);
       }
     }
   }
-  return finite.all_finite();
 }
 
 }  // namespace

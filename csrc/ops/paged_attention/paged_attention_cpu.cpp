@@ -1,15 +1,15 @@
-// Attention over pages on the CPU, the keys in the SIMD lanes (README.md of genai_kernels/ops/paged_attention).
+// Attention over pages on the CPU (README.md of genai_kernels/ops/paged_attention).
 //
-// An item goes over its keys in steps of kStepKeys. K of a step is transposed once and V laid out once for all rows of the
-// item; then for a few rows at a time, with the one product of tile_gemm.h,
+// An item goes over its keys in steps of kStepKeys, and for a block of its rows
 //
-//     S[row][key]  = Q K^T             A = Q as it lies, B = K^T
+//     S[row][key]  = Q K^T
 //     P            = exp(S - max)
-//     O[row][dim]  = alpha O + P V     A = P, B = V
+//     O[row][dim]  = alpha O + P V
 //
-// Every element is made by the same chain of operations in the same order, whatever rows, keys and pages it is computed
-// together with. flash_attention does the transposed products, for many rows; here the sums are cut into shorter pieces,
-// as PyTorch's product of one row with a matrix does.
+// with the two products of products.h: straight from the pages where the rows are few, from packed K and V where they are
+// many. Every element is made by the same chain of operations in the same order, whatever rows, keys and pages it is
+// computed together with. flash_attention has products of its own, for many rows; here the sums are cut into shorter
+// pieces, as PyTorch's product of one row with a matrix does.
 #include "cpu/region_headers.h"
 #include "ops/paged_attention/paged_attention.h"
 
@@ -24,29 +24,17 @@
 #include "cpu/transpose.h"
 #include "cpu/attention_pack.h"
 #include "ops/paged_attention/item.h"
+#include "ops/paged_attention/products.h"
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
 namespace {
 
-// ---- one step for a few rows ----
+// ---- one step for a block of rows ----
 
 // True if the scores are scaled before their maximum is taken, and not within the exponent: where there is more to do
 // with them than to scale, and in float32, whose results show the rounding of an exponent's factor.
 GK_INLINE bool scores_are_scaled(const PagedAttentionParams& p) {
   return p.dtype == Dtype::f32 || p.softcap > 0 || p.slopes || !(p.scale > 0);
-}
-
-// out[Rows][vectors] = A B in whole products of registers.
-template <class P, int Rows, class Store>
-GK_INLINE void multiply_rows(const typename P::Word* a, int64_t a_stride, const typename P::Word* b, int64_t b_stride,
-                             int64_t depth, int64_t columns, Store&& store_product) {
-  constexpr int kVectors = kProductVectors<Rows>;
-  for (int64_t j = 0; j < columns; j += kVectors * kLanes) {
-    VecF c[Rows][kVectors];
-    multiply_folded<P, kPieceWords>(c, a, a_stride, 1, b + j, b_stride, depth);
-    GK_UNROLL for (int r = 0; r < Rows; ++r) GK_UNROLL for (int v = 0; v < kVectors; ++v)
-        store_product(r, j + v * kLanes, c[r][v]);
-  }
 }
 
 GK_INLINE VecI key_numbers(int64_t key) {
@@ -88,101 +76,152 @@ GK_INLINE float finish_scores(const PagedAttentionParams& p, const Row& row, int
     most = max(most, x);
     store(s + i, x);
   }
-  float largest = most[0];
-  for (int l = 1; l < kLanes; ++l) largest = largest > most[l] ? largest : most[l];
-  return largest;
+  GK_UNROLL for (int width = kLanes / 2; width > 0; width /= 2) GK_UNROLL for (int l = 0; l < width; ++l) most[l] =
+      most[l] > most[l + width] ? most[l] : most[l + width];
+  return most[0];
 }
 
-template <class P, Exponential Kind, int Rows>
-void attend_rows(const PagedAttentionParams& p, const PagedScratch<P>& scratch, const StepRows& step, int64_t block,
-                 int64_t key, int64_t begin, int64_t keys) {
+// The keys of a step that a block of rows sees, in whole pieces of a product: [begin, begin + keys). A piece begins where
+// it would without the window; a piece of hidden keys more or less is the same bits.
+struct Seen {
+  int64_t begin, keys;
+};
+template <class P>
+GK_INLINE Seen keys_seen(const Row* rows, int64_t count, int64_t key, int64_t from, int64_t to) {
+  int64_t least = to, most = from - 1;
+  for (int64_t r = 0; r < count; ++r) {
+    least = min_of(least, rows[r].first);
+    most = max_of(most, rows[r].last);
+  }
+  const int64_t begin = least <= key ? key : key + (least - key) / kFoldKeys * kFoldKeys;
+  const int64_t end = min_of(to, most + 1);
+  return {begin, begin < end ? round_up(end - begin, kPieceKeys<P>) : 0};
+}
+
+// Scores of a row, in place, to probabilities, and those to words; the row's state. Returns what its output is scaled by.
+template <class P, Exponential Kind>
+GK_INLINE float finish_probabilities(const PagedAttentionParams& p, const Row& row, const Seen& seen,
+                                     const float* k_scale, const float* v_scale, float* s, typename P::Word* words,
+                                     State& state) {
   constexpr bool kScaled = Kind == Exponential::finest;
-  const int64_t columns = round_up(keys, kProductVectors<Rows> * kLanes);
-  const Row* rows = scratch.rows + block;
-  multiply_rows<P, Rows>(scratch.q + block * scratch.q_stride, scratch.q_stride, scratch.k_t + (begin - key), kStepKeys,
-                         scratch.q_words, columns,
-                         [&](int r, int64_t i, VecF x) GK_LAMBDA_INLINE { store(scratch.s + r * kStepKeys + i, x); });
+  const int64_t columns = round_up(seen.keys, kLanes);
   const VecF unit = broadcast(float((kScaled ? 1 : p.scale) * 1.4426950408889634));
-  float alpha[Rows];
-  for (int r = 0; r < Rows; ++r) {
-    float* s = scratch.s + r * kStepKeys;
-    State& state = scratch.state[block + r];
-    const float largest = finish_scores<kScaled>(p, rows[r], begin, columns, step.k_scale + (begin - key), s);
-    const float most = state.max > largest ? state.max : largest;
-    const float finite = most == -kInfinity<float> ? 0 : most;  // -inf - -inf is kept out
-    alpha[r] = probability_of<Kind>(broadcast(state.max - finite), unit)[0];
-    state.max = most;
-    for (int64_t i = 0; i < columns; i += kLanes) store(s + i, probability_of<Kind>(load(s + i) - finite, unit));
-  }
-  // the four chains of flash_attention's sums, keys 4 i + c each, are the lanes of a quad here
-  Quad sum[Rows] = {};
-  for (int64_t i = 0; i < keys; i += 4) GK_UNROLL for (int r = 0; r < Rows; ++r) {
-      Quad x;
-      __builtin_memcpy(&x, scratch.s + r * kStepKeys + i, sizeof x);
-      sum[r] = sum[r] + x;
-    }
-  for (int r = 0; r < Rows; ++r) {
-    State& state = scratch.state[block + r];
-    state.sum =
-        fma(broadcast(state.sum), broadcast(alpha[r]), broadcast((sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3])))[0];
-    const float* s = scratch.s + r * kStepKeys;
-    for (int64_t i = 0; i < keys; i += kLanes) {
-      VecF x = load(s + i);
-      if (p.int8_cache) x = x == VecF{} ? x : x * load(step.v_scale + (begin - key) + i);
-      if constexpr (P::kPerWord == 1) {
-        __builtin_memcpy(scratch.p_words + r * kStepKeys + i, &x, sizeof x);
-      } else {
+  const float largest = finish_scores<kScaled>(p, row, seen.begin, columns, k_scale, s);
+  const float most = state.max > largest ? state.max : largest;
+  const float finite = most == -kInfinity<float> ? 0 : most;  // -inf - -inf is kept out
+  const float alpha = probability_of<Kind>(broadcast(state.max - finite), unit)[0];
+  state.max = most;
+  VecF sum[kSumLanes / kLanes] = {};  // as many chains as of a score, one for each key modulo kSumLanes
+  for (int64_t i = 0; i < columns; i += kLanes) {
+    VecF x = probability_of<Kind>(load(s + i) - finite, unit);
+    sum[i / kLanes % (kSumLanes / kLanes)] = sum[i / kLanes % (kSumLanes / kLanes)] + x;
+    if (p.int8_cache) x = x == VecF{} ? x : x * load(v_scale + i);
+    if constexpr (P::kPerWord == 1) {
+      __builtin_memcpy(words + i, &x, sizeof x);
+    } else {
 #if GENAI_KERNELS_ISA_BF16
-        const __m256i pairs = (__m256i)_mm512_cvtneps_pbh((__m512)x);
-        __builtin_memcpy(scratch.p_words + r * kStepKeys + i / 2, &pairs, sizeof pairs);
+      const __m256i pairs = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+      __builtin_memcpy(words + i / 2, &pairs, sizeof pairs);
 #endif
-      }
     }
   }
-  const int64_t first = (begin - key) / P::kPerWord;
-  float* o = scratch.o + block * scratch.value_stride;
-  multiply_rows<P, Rows>(scratch.p_words, kStepKeys, scratch.v.finite + first * scratch.v.stride, scratch.v.stride,
-                         keys / P::kPerWord, round_up(p.value_dim, kProductVectors<Rows> * kLanes),
-                         [&](int r, int64_t d, VecF x) GK_LAMBDA_INLINE {
-                           float* to = o + r * scratch.value_stride + d;
-                           store(to, fma(load(to), broadcast(alpha[r]), x));
-                         });
-  for_each_nonfinite(scratch.v, begin - key, begin - key + keys, p.value_dim, [&](int64_t i, int64_t d, float value) {
+  for (int parts = kSumLanes / kLanes; parts > 1; parts /= 2)
+    for (int part = 0; part < parts / 2; ++part) sum[part] = sum[part] + sum[part + parts / 2];
+  state.sum = fma(broadcast(state.sum), broadcast(alpha), broadcast(horizontal_sum<float>(sum[0])))[0];
+  return alpha;
+}
+
+GK_INLINE bool all_finite(const float* x, int64_t n) {
+  VecF zeros[4] = {};  // as many as hide the latency of an addition
+  const auto see = [&](int64_t i, int j) GK_LAMBDA_INLINE { zeros[j] = fma(load(x + i), VecF{}, zeros[j]); };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) GK_UNROLL for (int j = 0; j < 4; ++j) see(i + j * kLanes, j);
+  for (; i < n; i += kLanes) see(i, 0);
+  return horizontal_sum<float>((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
+}
+
+// products = P V of a block's rows. True if all are finite, and V with them: what is not finite makes a product that is
+// not, even times 0.
+template <class P, class Values>
+GK_INLINE bool multiply_values(const PagedAttentionParams& p, const PagedScratch<P>& scratch, int64_t count,
+                               int64_t words, int64_t words_at_a_time, const Values& values) {
+  const int64_t stride = scratch.value_stride;
+  for (int64_t i = 0; i < count * stride; ++i) scratch.products[i] = 0;
+  for (int64_t w = 0; w < words; w += words_at_a_time) {
+    for_row_blocks(count, [&](int64_t r, auto size) GK_LAMBDA_INLINE {
+      add_products<P, decltype(size)::value>(scratch.p_words + r * kStepKeys, values, p.value_dim, w,
+                                             min_of(words, w + words_at_a_time), r == 0, scratch.products + r * stride,
+                                             stride);
+    });
+  }
+  return all_finite(scratch.products, count * stride);
+}
+
+// One step for the rows of a block. `packed`: K and V are in the scratch; else they are read where they lie.
+template <class P, class T, Exponential Kind>
+void attend(const PagedAttentionParams& p, PagedScratch<P>& scratch, const StepRows& step, int64_t block, int64_t count,
+            int64_t key, int64_t from, int64_t to, bool packed) {
+  const Row* rows = scratch.rows + block;
+  const Seen seen = keys_seen<P>(rows, count, key, from, to);
+  if (!seen.keys) return;
+  const int64_t begin = seen.begin, first = begin - key;
+  const typename P::Word* q = scratch.q + block * scratch.q_stride;
+  if (packed) {
+    for (int64_t i = 0; i < seen.keys; i += kPackedKeys)
+      for_row_blocks(count, [&](int64_t r, auto size) GK_LAMBDA_INLINE {
+        scores_of_tile<P, decltype(size)::value>(q + r * scratch.q_stride, scratch.q_stride,
+                                                 scratch.k_t + (first + i) * scratch.q_words, scratch.q_words,
+                                                 scratch.s + r * kStepKeys + i);
+      });
+  } else {
+    const Ahead ahead(p.head_dim * int64_t(sizeof(T)));
+    for (int64_t i = 0; i < seen.keys; i += kLanes) {
+      const char* const* k = step.k() + first + i;
+      for_row_blocks(count, [&](int64_t r, auto size) GK_LAMBDA_INLINE {
+        scores_of_rows<P, T, decltype(size)::value>(q + r * scratch.q_stride, scratch.q_stride, k, p.head_dim, ahead,
+                                                    r == 0, scratch.s + r * kStepKeys + i);
+      });
+    }
+  }
+  float alpha[kBlockRows];
+  for (int64_t r = 0; r < count; ++r)
+    alpha[r] = finish_probabilities<P, Kind>(p, rows[r], seen, step.k_scale + first, step.v_scale + first,
+                                             scratch.s + r * kStepKeys, scratch.p_words + r * kStepKeys,
+                                             scratch.state[block + r]);
+  const int64_t words = seen.keys / P::kPerWord, first_word = first / P::kPerWord * scratch.v.stride;
+  bool finite;
+  if (packed) {
+    finite = multiply_values<P>(p, scratch, count, words, kPackedValues,
+                                PackedValues<P>{scratch.v.packed + first_word, scratch.v.stride});
+  } else {
+    const char* const* v = step.v() + first;
+    finite = multiply_values<P>(p, scratch, count, words, kPieceWords,
+                                ValueRows<P, T>{v, p.value_dim, Ahead(p.value_dim * int64_t(sizeof(T)))});
+  }
+  if (!finite) {  // once more without what is not finite
+    if (!packed) pack_values<P, T>(p, step, first + seen.keys, scratch);
+    scratch.v.separate(false, (first + seen.keys) / P::kPerWord);
+    multiply_values<P>(p, scratch, count, words, kPackedValues,
+                       PackedValues<P>{scratch.v.finite + first_word, scratch.v.stride});
+  }
+  const int64_t stride = scratch.value_stride;
+  float* o = scratch.o + block * stride;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t d = r * stride; d < (r + 1) * stride; d += kLanes)
+      store(o + d, fma(load(o + d), broadcast(alpha[r]), load(scratch.products + d)));
+  if (finite) return;
+  for_each_nonfinite(scratch.v, first, first + seen.keys, p.value_dim, [&](int64_t i, int64_t d, float value) {
     const int64_t at = key + i;
-    for (int r = 0; r < Rows; ++r) {
+    for (int64_t r = 0; r < count; ++r) {
       const Row& row = rows[r];
-      const bool seen = row.first <= at && at <= row.last &&
+      const bool sees = row.first <= at && at <= row.last &&
                         !(row.tree && at >= row.tree_begin && !row.tree[(at - row.tree_begin) * p.tree_token]);
       const int64_t in_step = at - begin;
-      if (seen)
-        o[r * scratch.value_stride + d] +=
+      if (sees)
+        o[r * stride + d] +=
             Contracted<P>::part(scratch.p_words[r * kStepKeys + in_step / P::kPerWord], in_step % P::kPerWord) * value;
     }
   });
-}
-
-// All rows of an item over one step.
-template <class P, Exponential Kind>
-void attend(const PagedAttentionParams& p, const PagedScratch<P>& scratch, const StepRows& step, int64_t rows,
-            int64_t key, int64_t from, int64_t to) {
-  int64_t r = 0;
-  const auto run = [&](auto size) {
-    constexpr int kRows = decltype(size)::value;
-    for (; r + kRows <= rows; r += kRows) {
-      int64_t least = to, most = from - 1;
-      for (int i = 0; i < kRows; ++i) {
-        least = min_of(least, scratch.rows[r + i].first);
-        most = max_of(most, scratch.rows[r + i].last);
-      }
-      // A piece of multiply_folded begins where it would without the window; one product more or less is the same bits.
-      const int64_t begin = least <= key ? key : key + (least - key) / kFoldKeys * kFoldKeys;
-      const int64_t end = min_of(to, most + 1);
-      if (begin < end) attend_rows<P, Kind, kRows>(p, scratch, step, r, key, begin, round_up(end - begin, kKeyGroup));
-    }
-  };
-  if constexpr (kBlockRows == 4) run(IntTag<4>{});
-  run(IntTag<2>{});
-  run(IntTag<1>{});
 }
 
 // ---- ranges, and the results ----
@@ -249,12 +288,14 @@ void run_item(const PagedAttentionParams& p, const PagedItem& item, void* memory
   first = max_of(first, item.key_begin);
   last = min_of(last, item.key_end - 1);
   const bool scaled = scores_are_scaled(p);
-  const auto run = scaled ? attend<P, Exponential::finest> : attend<P, Exponential::coarse>;
+  const auto run = scaled ? attend<P, Cached, Exponential::finest> : attend<P, Cached, Exponential::coarse>;
   const auto fold_range = scaled ? fold<Exponential::finest> : fold<Exponential::coarse>;
+  const bool packed = count > kBlockRows;
+  for (int64_t i = 0; i < scratch.zeros_bytes; ++i) scratch.zeros[i] = 0;
   StepRows rows[2];  // of the even and of the odd steps
   const int64_t first_step = first / kStepKeys * kStepKeys;
   find_rows(p, sequence.pages, item.kv_head, first_step, first, min_of<int64_t>(first_step + kStepKeys, last + 1),
-            sizeof(Cached), rows[first_step / kStepKeys % 2]);
+            sizeof(Cached), scratch.zeros, rows[first_step / kStepKeys % 2]);
   for (int64_t range = first / kRangeKeys * kRangeKeys; range <= last; range += kRangeKeys) {
     for (int64_t r = 0; r < count; ++r) scratch.state[r] = {-kInfinity<float>, 0};
     for (int64_t i = 0; i < count * scratch.value_stride; ++i) scratch.o[i] = 0;
@@ -265,12 +306,15 @@ void run_item(const PagedAttentionParams& p, const PagedItem& item, void* memory
       const int64_t after = key + kStepKeys;
       StepRows& next = rows[(key / kStepKeys + 1) % 2];
       find_rows(p, sequence.pages, item.kv_head, after, max_of(first, after),
-                min_of<int64_t>(after + kStepKeys, last + 1), sizeof(Cached), next);
-      const StepRows& now = rows[key / kStepKeys % 2];
-      pack_keys<P, Cached>(p, now, next, round_up(to - key, kWidestProduct), scratch);
-      scratch.v.separate(pack_values<P, Cached>(p, now, next, to - key, scratch),
-                         round_up(to - key, kKeyGroup) / P::kPerWord);
-      run(p, scratch, now, count, key, from, to);
+                min_of<int64_t>(after + kStepKeys, last + 1), sizeof(Cached), scratch.zeros, next);
+      StepRows& now = rows[key / kStepKeys % 2];
+      __builtin_memcpy(now.next(), next.k(), kMostAhead * sizeof *next.k());
+      if (packed) {
+        pack_keys<P, Cached>(p, now, round_up(to - key, kPackedKeys), scratch);
+        pack_values<P, Cached>(p, now, round_up(to - key, kPieceKeys<P>), scratch);
+      }
+      for (int64_t r = 0; r < count; r += kBlockRows)
+        run(p, scratch, now, r, min_of(kBlockRows, count - r), key, from, to, packed);
     }
     if (item.partial) break;
     for (int64_t r = 0; r < count; ++r)
