@@ -294,7 +294,7 @@ MUTANTS = [
             "fma(load(o + d), broadcast(alpha[r]), load(scratch.products + d))",
             "load(o + d) + load(scratch.products + d)",
         ),
-        ("NaN in V is not looked for", "return horizontal_sum<float>(finite) == 0;", "return true;"),
+        ("NaN in V is not looked for", "return all_finite(scratch.products, count * stride);", "return true;"),
         ("keys out of the window are read", "first_step, first, min_of", "first_step, first_step, min_of"),
         ("a range is not folded", "total.sum = fma(broadcast(total.sum), before, broadcast(state.sum) * now)[0];", ""),
         (
