@@ -169,6 +169,8 @@ def op(
         @functools.wraps(function)
         def public(*args: Any, **kwargs: Any) -> Any:
             first = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(first, (list, tuple)) and first:
+                first = first[0]
             by_choice = backends.forced is not None or getattr(first, "is_cuda", False)
             if by_choice and _chosen(name, first) == "reference":
                 return reference(*args, **kwargs)

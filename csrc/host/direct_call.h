@@ -12,6 +12,7 @@
 
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "host/tensor_ref.h"
 
@@ -33,6 +34,10 @@ struct Boxed<const Output&> {
 template <>
 struct Boxed<const OptionalTensor&> {
   using Type = std::optional<Tensor>;
+};
+template <>
+struct Boxed<const std::vector<Tensor>&> {
+  using Type = std::vector<Tensor>;
 };
 
 template <auto host>
@@ -101,6 +106,12 @@ struct Argument<const TensorRef&> {
   OptionalTensor value;
   bool read(PyObject* object) { return view_tensor(object, value); }
   const TensorRef& get() const { return *value; }
+};
+template <>
+struct Argument<const std::vector<Tensor>&> {
+  std::vector<Tensor> value;
+  bool read(PyObject*) { return false; }  // a list goes through the dispatcher
+  const std::vector<Tensor>& get() const { return value; }
 };
 template <>
 struct Argument<const Output&> : Argument<const TensorRef&> {

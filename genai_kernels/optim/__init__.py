@@ -1,0 +1,5 @@
+"""Optimizers around the fused steps."""
+
+from .adamw import AdamW
+
+__all__ = ["AdamW"]
