@@ -38,10 +38,13 @@ std::vector<Piece> pieces_of(size_t tensors, const Count& count) {
   return pieces;
 }
 
-// f(piece, its number) on all threads.
+// f(piece, its number) on all threads, as many small ones together as make up a large one.
 template <class F>
 void for_pieces(const std::vector<Piece>& pieces, const F& f) {
-  parallel_for(int64_t(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+  const int64_t count = int64_t(pieces.size());
+  int64_t elements = 0;
+  for (const Piece& piece : pieces) elements += piece.end - piece.begin;
+  parallel_for(count, 1 + count * kAdamwBlock / (elements + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(pieces[size_t(i)], i);
   });
 }
