@@ -1,6 +1,6 @@
 """Whether a row of a matrix product has the same bits in any batch and on any number of threads, and what that costs.
 
-`python -m benchmarks.batch_invariance` prints, for this machine, the tables of python_models/llama_linear.py.
+`python -m benchmarks.batch_invariance` prints, for this machine, the tables of genai_kernels/ops/linear/README.md.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+import genai_kernels as gk
 from genai_kernels.cli.console import print_table, say
 from genai_kernels.cli.machine import fingerprint
 from genai_kernels.cli.report import machine_line
-from python_models.llama_linear import batch_invariant_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((192, 1024), (2048, 2048))
 ROWS = (1, 2, 4, 16, 32, 64, 512)
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-WAYS: dict[str, Product] = {"F.linear": F.linear, "batch_invariant_linear": batch_invariant_linear}
+WAYS: dict[str, Product] = {"F.linear": F.linear, "genai_kernels.linear": gk.linear}
 
 
 def differs(product: Product, shape: tuple[int, int], dtype: torch.dtype, threads: Sequence[int]) -> list[str]:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = [cost(shape, dtype, n) for shape in SHAPES for dtype in DTYPES[:2]]
         table.append((n, *(f"{ratio:.2f}x of {1e6 * base:,.0f} us" for base, ratio in cells)))
     heads = [f"{shape[0]} x {shape[1]}, {str(d).removeprefix('torch.')}" for shape in SHAPES for d in DTYPES[:2]]
-    print_table("batch_invariant_linear / F.linear, one thread", ("rows", *heads), table, right=range(5))
+    print_table("genai_kernels.linear / F.linear, one thread", ("rows", *heads), table, right=range(5))
     return 0
 
 

@@ -5,6 +5,9 @@ The model of Llama 1 to 3.2, TinyLlama, Mistral, Qwen2 and Qwen3, which `llama_c
 plain PyTorch, its eager twin, is this model inside `with gk.use_backend("reference"):`.
 
 q, k and v are one matrix, and so are gate and up: one product instead of three and two. The files keep them apart.
+
+The logits of a token have the same bits whatever stands beside it in the batch, in whatever pieces its text comes, with
+a cache or without, on any number of threads: `genai_kernels.linear` and the attention see to it.
 """
 
 from __future__ import annotations
@@ -16,9 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import genai_kernels as gk
-from genai_kernels.nn import RMSNorm
+from genai_kernels.nn import Linear, RMSNorm
 from python_models.llama_configs import Config
-from python_models.llama_linear import Linear
 from python_models.llama_rope import RotaryTables
 
 
@@ -115,11 +117,9 @@ class Llama(nn.Module):
 
     Args:
         config: the sizes. Weights are drawn from torch's generator; `llama_files.load` fills in those of a checkpoint.
-        batch_invariant: a row's bits do not depend on the rows beside it nor on the threads: see `llama_linear`. What
-            serving wants; training has no use for it.
     """
 
-    def __init__(self, config: Config, *, batch_invariant: bool = False) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
@@ -129,19 +129,8 @@ class Llama(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self.tables = RotaryTables(config)
-        self.batch_invariant = batch_invariant
         if not self.embedding.weight.is_meta:
             self._draw_weights()
-
-    @property
-    def batch_invariant(self) -> bool:
-        return self.head.batch_invariant
-
-    @batch_invariant.setter
-    def batch_invariant(self, wanted: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.batch_invariant = wanted
 
     def _draw_weights(self) -> None:
         """As large as keeps the variance; the last product of each part 0, so that every layer begins as identity."""

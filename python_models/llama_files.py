@@ -145,16 +145,13 @@ def _check(config: Config, tensors: dict[str, Any]) -> None:
             )
 
 
-def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", batch_invariant: bool = False
-) -> Llama:
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Llama:
     """A model from a folder of the Hugging Face layout.
 
     Args:
         folder: has config.json, and model.safetensors or model.safetensors.index.json with its shards.
         dtype: of the weights; None keeps that of each tensor.
         device: where the weights go.
-        batch_invariant: as in `Llama`.
 
     Raises:
         FileNotFoundError: a file that is not there.
@@ -166,7 +163,7 @@ def load(
         tensors = {name: file for path in _files(folder) for file in [_open(path, stack)] for name in file.keys()}  # noqa: SIM118
         _check(config, tensors)
         with torch.device("meta"):
-            model = Llama(config, batch_invariant=batch_invariant)
+            model = Llama(config)
         for name, parts in layout(config).items():
             pieces = [tensors[part].get_tensor(part) for part, _ in parts]  # views of the mapped file
             if len({piece.dtype for piece in pieces}) > 1 and dtype is None:

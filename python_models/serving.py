@@ -86,7 +86,7 @@ class Engine:
     """Serves requests from one model.
 
     Args:
-        model: with `batch_invariant=True`, or a request's text may depend on its neighbours in the last bits.
+        model: what answers.
         num_blocks, block_size: the pool of cache blocks.
         max_batch_tokens: tokens of one step; longer prompts are cut into chunks.
         max_running: requests that run at once.

@@ -169,7 +169,7 @@ def run(folder: Path, dtype: torch.dtype | None, requests: int, output: Path | N
     """Measures, checks that all ways say the same, prints, and writes the figures and the plots."""
     dtype = dtype or torch.float32
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model = llama_files.load(folder, dtype=dtype, batch_invariant=True)
+    model = llama_files.load(folder, dtype=dtype)
     peer = Transformers(folder, dtype)
     jobs = trace(tokenizer, requests, rate=16.0)
     at_once = [Job(0.0, job.prompt, job.tokens) for job in jobs[:16]]

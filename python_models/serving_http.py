@@ -345,7 +345,7 @@ class Server:
 
 def load(folder: Path, dtype: torch.dtype | None = None, **options: Any) -> tuple[Engine, Tokenizer]:
     """An engine for the checkpoint in a folder, and its tokenizer."""
-    model = llama_files.load(folder, dtype=dtype, batch_invariant=True)
+    model = llama_files.load(folder, dtype=dtype)
     return Engine(model, **options), Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 

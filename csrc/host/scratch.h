@@ -31,7 +31,7 @@ class Scratch {
   void* get() const { return data_.get(); }
 
  private:
-  static constexpr int64_t kAlign = 128, kMostKept = 1 << 19;
+  static constexpr int64_t kAlign = 128, kMostKept = 1 << 20;
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };

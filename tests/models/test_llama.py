@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
 import genai_kernels as gk
@@ -14,7 +13,6 @@ from python_models import llama_files
 from python_models.llama import Llama
 from python_models.llama_cache import ContiguousCache, generate
 from python_models.llama_configs import KNOWN, Config, RopeScaling, from_hf, to_hf
-from python_models.llama_linear import batch_invariant_linear
 from python_models.llama_rope import RotaryTables, frequencies
 
 TINY = Config(vocabulary=300, layers=3, width=64, heads=4, kv_heads=2, hidden=96, context=128, rope_theta=500.0)
@@ -212,7 +210,7 @@ def in_pieces(model, text, pieces):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_bits_do_not_depend_on_batch_pieces_cache_or_threads(name, dtype):
-    model = tiny(VARIANTS[name], batch_invariant=True).to(dtype)
+    model = tiny(VARIANTS[name]).to(dtype)
     text = tokens_of((5, 24))
     expected = model(text)
     assert torch.equal(model(text[3:4])[0], expected[3])
@@ -226,48 +224,9 @@ def test_bits_do_not_depend_on_batch_pieces_cache_or_threads(name, dtype):
         assert torch.equal(in_pieces(model, text[2:3], [9, 1, 14])[0], expected[2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("width", "out"), [(192, 320), (512, 192), (33, 50), (896, 704)])
-@torch.inference_mode()
-def test_bits_of_a_row_are_its_own(width, out, dtype):
-    x, weight, bias = torch.randn(130, width).to(dtype), torch.randn(out, width).to(dtype), torch.randn(out).to(dtype)
-    expected = batch_invariant_linear(x, weight, bias)
-    ref = F.linear(x.double(), weight.double(), bias.double())
-    magnitude = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
-    c = width**0.5 if dtype == torch.float32 else 2.0
-    u = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
-    assert ((expected - ref).abs() <= c * u * magnitude).all()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        for rows in (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 127, 130):
-            assert torch.equal(batch_invariant_linear(x[:rows], weight, bias), expected[:rows]), rows
-        for i in (0, 1, 77):
-            assert torch.equal(batch_invariant_linear(x[i], weight, bias), expected[i])
-        moved = batch_invariant_linear(x.roll(7, 0), weight, bias).roll(-7, 0)
-        assert torch.equal(moved, expected)
-
-
-@torch.inference_mode()
-def test_bits_of_a_row_without_onednn():
-    """float64, as anything that oneDNN does not take: blocks of one shape, at one number of threads."""
-    x, weight = torch.randn(50, 48, dtype=torch.float64), torch.randn(80, 48, dtype=torch.float64)
-    expected = batch_invariant_linear(x, weight)
-    for rows in (0, 1, 2, 15, 16, 17, 33, 50):
-        assert torch.equal(batch_invariant_linear(x[:rows], weight), expected[:rows])
-    assert compare("product", expected, x @ weight.t(), x @ weight.t(), 1.0, 1.0).error <= 1e-12
-
-
-def test_batch_invariant_products_record_no_gradient():
-    model = tiny(batch_invariant=True)
-    with pytest.raises(NotImplementedError, match=r"train with batch_invariant=False"):
-        model(tokens_of((1, 4)))
-    model.batch_invariant = False
-    model.loss(tokens_of((1, 4)), tokens_of((1, 4))).backward()
-
-
 @torch.inference_mode()
 def test_logits_of_some_rows():
-    model, text = tiny(batch_invariant=True), tokens_of((2, 8))
+    model, text = tiny(), tokens_of((2, 8))
     rows = torch.tensor([15, 0, 7])
     assert torch.equal(model(text, logits_of=rows), model(text).flatten(0, 1)[rows])
     cache, again = ContiguousCache(model, 2, 8), ContiguousCache(model, 2, 8)

@@ -34,7 +34,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def model():
-    return llama_files.load(CHECKPOINT, batch_invariant=True)
+    return llama_files.load(CHECKPOINT)
 
 
 @pytest.fixture(scope="module")

@@ -73,13 +73,11 @@ def test_ours_to_transformers_to_ours(name, dtype, shards, tmp_path):
     assert (again.head.weight is again.embedding.weight) == model.config.tied
 
 
-def test_another_dtype_and_flag(tmp_path):
+def test_another_dtype(tmp_path):
     model = tiny().to(torch.bfloat16)
     llama_files.save(model, tmp_path)
-    loaded = llama_files.load(tmp_path, dtype=torch.float32, batch_invariant=True)
+    loaded = llama_files.load(tmp_path, dtype=torch.float32)
     assert same(loaded, model.float())
-    assert loaded.batch_invariant
-    assert not llama_files.load(tmp_path).batch_invariant
 
 
 def test_saving_over_an_earlier_save(tmp_path):

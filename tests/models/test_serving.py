@@ -22,7 +22,7 @@ CONFIG = Config(vocabulary=97, layers=2, width=48, heads=4, kv_heads=2, hidden=6
 def make_model(seed=0, **changes):
     torch.manual_seed(seed)
     config = CONFIG.__class__(**{**CONFIG.__dict__, **changes})
-    model = Llama(config, batch_invariant=True)
+    model = Llama(config)
     with torch.no_grad():  # every layer begins as identity; these have something to say
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.15)

@@ -1,0 +1,278 @@
+// C = A B' on the CPU with the contraction in the lanes. See cpu/matmul.h.
+//
+// The rows of A of an item are packed for one piece of the depth (converted, side by side), then six rows of B after the
+// other are multiplied with all of them, read where they lie (24 KiB, half of an L1) unless they must be converted for
+// many rows; the next six come into the L2 meanwhile. So a product with few rows runs at the speed at which B comes from
+// memory. The adapters of a row go on in the sums of its last piece, before these are added over the lanes.
+#include "cpu/matmul.h"
+#include "cpu/region_headers.h"
+
+#define GENAI_KERNELS_ISA_FILE "cpu/dot_matmul.cpp"
+#include "cpu/foreach_isa.h"
+
+#ifdef GENAI_KERNELS_ISA_NAME
+#include "cpu/vec.h"
+#include "cpu/exp.h"
+#include "cpu/tile_gemm.h"
+#include "cpu/transpose.h"
+#include "cpu/attention_pack.h"
+#include "cpu/pack_operand.h"
+#include "cpu/dot_tile.h"
+
+namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
+namespace {
+
+constexpr int64_t kDotStride = kDotDepth + 16;  // rows that do not share the sets of an L1
+// With so few rows of A, reading those of B as they lie costs less than to pack them.
+constexpr int64_t kFewRows = 8;
+constexpr int kLinesAhead = 16;
+
+template <class C>
+struct DotScratch {
+  C *c, *a, *b, *bias, *row;  // c [groups of columns][rows][columns of a group]: the sums of a tile lie side by side
+  char* end;
+
+  DotScratch(int64_t rows, int64_t columns, void* memory) {
+    Arena arena(memory);
+    c = arena.take<C>(rows * round_up(columns, kDotColumns));
+    a = arena.take<C>(round_up(rows, kDotRows) * kDotStride);
+    b = arena.take<C>(kDotColumns * kDotStride);
+    bias = arena.take<C>(round_up(columns, kDotColumns) + 16);
+    row = arena.take<C>(round_up(columns, kDotColumns) + 16);
+    end = arena.end();
+  }
+};
+
+// c[0, Count) += or = sums.
+template <int Count, class C>
+GK_INLINE void add_first(C* c, Vec<C> sums, bool first) {
+  if constexpr (Count == kLanesOf<C>) {
+    store(c, first ? sums : load(c) + sums);
+  } else if constexpr (2 * Count == kLanesOf<C>) {
+    typedef C Half __attribute__((vector_size(kRegisterBytes / 2)));
+    Half half, old;
+    __builtin_memcpy(&half, &sums, sizeof half);
+    __builtin_memcpy(&old, c, sizeof old);
+    if (!first) half = half + old;
+    __builtin_memcpy(c, &half, sizeof half);
+  } else {
+    for (int i = 0; i < Count; ++i) c[i] = first ? sums[i] : c[i] + sums[i];
+  }
+}
+
+// sum += what the adapters of a row of C add to columns [column, column + kDotColumns).
+template <class C>
+void add_adapters(const DotMatmulParams& p, int64_t row, int64_t column, Vec<C> (*sum)[kDotRegisters]) {
+  for (int64_t i = p.adapters_begin[row]; i < p.adapters_begin[row + 1]; ++i) {
+    const AdapterB& b = *p.adapters[i].b;
+    const C* s = static_cast<const C*>(p.adapters[i].s);
+    switch_dtype(b.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      if constexpr (is_same<Compute<T>, C>)
+        for (int j = 0; j < kDotColumns; ++j) {
+          const int64_t at = column + j;
+          if (at < b.column_begin || at >= b.column_end) continue;
+          const T* data = static_cast<const T*>(b.data) + (at - b.column_begin) * b.outer;
+          for (int64_t k = 0; k < b.rank; k += kLanesOf<C>) {
+            Vec<C>& to = sum[j][k / kLanesOf<C> % kDotRegisters];
+            if (b.depth == 1) {
+              to = fma(load(s + k), load_at(data, k, b.rank), to);
+            } else {
+              T part[kLanesOf<C>] = {};
+              for (int l = 0; l < kLanesOf<C> && k + l < b.rank; ++l) part[l] = data[(k + l) * b.depth];
+              to = fma(load(s + k), load(part), to);
+            }
+          }
+        }
+    });
+  }
+}
+
+// C[rows][columns of one group] += or = A B' over one piece. `row` and `column`: where that is in C if the adapters of
+// its rows come now, else negative.
+template <class P, class T, int Rows>
+GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t column, const typename P::Word* a,
+                             const T* const (&b)[kDotColumns], int64_t depth, typename P::Compute* c, bool first) {
+  using C = typename P::Compute;
+  constexpr int kCount = Rows * kDotColumns, kLanesC = kLanesOf<C>;
+  Vec<C> sum[kCount][kDotRegisters] = {};
+  dot_tile<P, T, Rows, kDotColumns>(a, kDotStride, b, depth, sum);
+  if (column >= 0) {
+    Vec<C> with_adapters[kCount]
+                        [kDotRegisters];  // a copy: the sums have no address, or they would not stay in registers
+    GK_UNROLL for (int i = 0; i < kCount; ++i) GK_UNROLL for (int h = 0; h < kDotRegisters; ++h) with_adapters[i][h] =
+        sum[i][h];
+    for (int r = 0; r < Rows; ++r) add_adapters<C>(p, row + r, column, with_adapters + r * kDotColumns);
+    GK_UNROLL for (int i = 0; i < kCount; ++i) GK_UNROLL for (int h = 0; h < kDotRegisters; ++h) sum[i][h] =
+        with_adapters[i][h];
+  }
+  const auto add = [&](auto at, auto size) GK_LAMBDA_INLINE {
+    constexpr int kAt = decltype(at)::value, kSize = decltype(size)::value;
+    Vec<C> x[kSize];
+    GK_UNROLL for (int l = 0; l < kSize; ++l) {
+      x[l] = sum[kAt + l][0];
+      if constexpr (kDotRegisters == 2) x[l] = x[l] + sum[kAt + l][1];
+      if constexpr (kDotRegisters == 4) x[l] = (x[l] + sum[kAt + l][2]) + (sum[kAt + l][1] + sum[kAt + l][3]);
+    }
+    const Vec<C> sums = add_lanes<C, kSize>(x);
+    add_first<kSize>(c + kAt, sums, first);
+  };
+  constexpr int kWhole = kCount / kLanesC * kLanesC;
+  if constexpr (kWhole > 0) add(IntTag<0>{}, IntTag<kLanesC>{});
+  if constexpr (kWhole > kLanesC) add(IntTag<kLanesC>{}, IntTag<kLanesC>{});
+  if constexpr (kWhole > 2 * kLanesC) add(IntTag<2 * kLanesC>{}, IntTag<kLanesC>{});
+  static_assert(kWhole <= 3 * kLanesC);
+  if constexpr (kWhole < kCount) add(IntTag<kWhole>{}, IntTag<kCount - kWhole>{});
+}
+
+template <class P, class T, class Lines>
+void multiply_group(const DotMatmulParams& p, int64_t row, int64_t rows, int64_t column, const typename P::Word* a,
+                    const T* const (&b)[kDotColumns], int64_t depth, typename P::Compute* c, bool first, Lines lines) {
+  int64_t r = 0;
+  const auto run = [&](auto size) GK_LAMBDA_INLINE {
+    constexpr int kRows = decltype(size)::value;
+    for (; r + kRows <= rows; r += kRows) {
+      if (rows > kFewRows) lines.ask(r + kRows, rows);  // the hardware sees what a few rows will want
+      multiply_rows<P, T, kRows>(p, row + r, column, a + r * kDotStride, b, depth, c + r * kDotColumns, first);
+    }
+  };
+  if constexpr (kDotRows == 4) run(IntTag<4>{});
+  run(IntTag<2>{});
+  run(IntTag<1>{});
+}
+
+template <class P, class A, class B>
+void multiply_item(const DotMatmulParams& p, const MatmulItem& item, const DotScratch<typename P::Compute>& scratch) {
+  using C = typename P::Compute;
+  using Word = typename P::Word;
+  const int64_t rows = item.row_end - item.row_begin;
+  Word *a = reinterpret_cast<Word*>(scratch.a), *packed = reinterpret_cast<Word*>(scratch.b);
+  const B* data = static_cast<const B*>(p.b.data);
+  for (int64_t k = 0; k == 0 || k < p.depth; k += kDotDepth) {  // also where the sum is empty
+    const int64_t until = min_of(p.depth, k + kDotDepth), depth = until - k;
+    pack_rows<P, A>(p.a, item.row_begin, item.row_end, item.row_end, k, until, a, kDotStride);
+    for (int64_t j = item.column_begin; j < item.column_end; j += kDotColumns) {
+      const int64_t stop = min_of<int64_t>(item.column_end, j + kDotColumns);
+      C* c = scratch.c + (j - item.column_begin) * rows;
+      const int64_t column = until == p.depth && p.adapters_begin ? j : -1;
+      // what comes next, asked for meanwhile
+      const bool last = stop == item.column_end;
+      const int64_t next_j = last ? item.column_begin : stop, next_k = last ? until : k;
+      const PanelLines<B> lines(p.b, next_j, min_of<int64_t>(item.column_end, next_j + kDotColumns), next_k,
+                                min_of(p.depth, next_k + kDotDepth));
+      if ((rows <= kFewRows || is_same<B, typename P::Word>) && p.b.depth == 1) {
+        const B* b[kDotColumns];
+        for (int i = 0; i < kDotColumns; ++i) {
+          b[i] = data + min_of(j + i, stop - 1) * p.b.outer + k;
+          // the hardware goes on where a row begins, but not from one row to the next
+          for (int line = 0; rows <= kFewRows && !last && line < kLinesAhead; ++line)
+            __builtin_prefetch(b[i] + kDotColumns * p.b.outer + line * int64_t(64 / sizeof(B)));
+        }
+        multiply_group<P, B>(p, item.row_begin, rows, column, a, b, depth, c, k == 0, lines);
+        continue;
+      }
+      pack_rows<P, B>(p.b, j, stop, p.columns, k, until, packed, kDotStride);
+      const int64_t words = (depth + P::kPerWord - 1) / P::kPerWord;
+      if constexpr (P::kPerWord == 1) {
+        const C* b[kDotColumns];
+        for (int i = 0; i < kDotColumns; ++i) b[i] = packed + min_of<int64_t>(i, stop - j - 1) * kDotStride;
+        multiply_group<P, C>(p, item.row_begin, rows, column, a, b, words, c, k == 0, lines);
+      } else {
+        const bf16* b[kDotColumns];
+        for (int i = 0; i < kDotColumns; ++i)
+          b[i] = reinterpret_cast<const bf16*>(packed + min_of<int64_t>(i, stop - j - 1) * kDotStride);
+        multiply_group<P, bf16>(p, item.row_begin, rows, column, a, b, 2 * words, c, k == 0, lines);
+      }
+    }
+  }
+}
+
+// f(product, type of A, type of B)
+template <class F>
+GK_INLINE void with_types(const MatmulOperand& a, const MatmulOperand& b, F&& f) {
+  if (a.dtype == Dtype::f64) return f(TypeTag<Fma<double>>{}, TypeTag<double>{}, TypeTag<double>{});
+#if GENAI_KERNELS_ISA_BF16
+  if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16 && !a.dropout)
+    return f(TypeTag<DotBf16>{}, TypeTag<bf16>{}, TypeTag<bf16>{});
+#endif
+  switch_dtype(a.dtype, [&](auto type) {
+    using A = typename decltype(type)::type;
+    if constexpr (sizeof(A) < 8)
+      switch_dtype(b.dtype, [&](auto other) {
+        using B = typename decltype(other)::type;
+        if constexpr (sizeof(B) < 8) f(TypeTag<Fma<float>>{}, TypeTag<A>{}, TypeTag<B>{});
+      });
+  });
+}
+
+template <class C, class T>
+void write_rows(const DotMatmulParams& p, const MatmulItem& item, const DotScratch<C>& scratch, const C* bias) {
+  const int64_t rows = item.row_end - item.row_begin, columns = item.column_end - item.column_begin;
+  const Vec<C> scale = broadcast(C(p.scale));
+  for (int64_t r = item.row_begin; r < item.row_end; ++r) {
+    const C* c = scratch.c + (r - item.row_begin) * kDotColumns;
+    for (int64_t j = 0; j < columns; j += kDotColumns, c += rows * kDotColumns)
+      for (int i = 0; i < kDotColumns; ++i) scratch.row[j + i] = c[i];
+    T* to = static_cast<T*>(p.out) + r * p.out_row + item.column_begin;
+    for (int64_t j = 0; j < columns; j += kLanesOf<C>) {
+      Vec<C> x = load(scratch.row + j);
+      if (p.scale != 1) x = x * scale;
+      if (bias) x = x + load(bias + j);
+      if (j + kLanesOf<C> <= columns)
+        store(to + j, x);
+      else
+        store_first(to + j, x, columns - j);
+    }
+  }
+}
+
+template <class C>
+void run_item(const DotMatmulParams& p, const MatmulItem& item, void* memory) {
+  const int64_t rows = item.row_end - item.row_begin, columns = item.column_end - item.column_begin;
+  const DotScratch<C> scratch(rows, columns, memory);
+  with_types(p.a, p.b, [&](auto product, auto a, auto b) {
+    using P = typename decltype(product)::type;
+    if constexpr (is_same<typename P::Compute, C>)
+      multiply_item<P, typename decltype(a)::type, typename decltype(b)::type>(p, item, scratch);
+  });
+  C* bias = nullptr;
+  if (p.bias.data) {
+    bias = scratch.bias;
+    switch_dtype(p.bias.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      if constexpr (is_same<Compute<T>, C>)
+        for (int64_t j = 0; j < columns; ++j)
+          bias[j] = to_compute(static_cast<const T*>(p.bias.data)[(item.column_begin + j) * p.bias.outer]);
+    });
+  }
+  switch_dtype(p.out_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (is_same<Compute<T>, C>) write_rows<C, T>(p, item, scratch, bias);
+  });
+}
+
+}  // namespace
+
+int64_t dot_matmul_scratch(const DotMatmulParams& p, int64_t rows, int64_t columns) {
+  const bool wide = p.a.dtype == Dtype::f64;
+  return (wide ? DotScratch<double>(rows, columns, nullptr).end : DotScratch<float>(rows, columns, nullptr).end) -
+         static_cast<char*>(nullptr);
+}
+
+void dot_matmul_kernel(const DotMatmulParams& p, const MatmulItem& item, void* scratch) {
+  if (p.a.dtype == Dtype::f64)
+    run_item<double>(p, item, scratch);
+  else
+    run_item<float>(p, item, scratch);
+}
+
+}  // namespace genai_kernels::GENAI_KERNELS_ISA_NAME
+
+#else
+
+GENAI_KERNELS_ISA_DISPATCH(int64_t, dot_matmul_scratch, (const DotMatmulParams& p, int64_t rows, int64_t columns),
+                           (p, rows, columns))
+GENAI_KERNELS_ISA_DISPATCH(void, dot_matmul_kernel, (const DotMatmulParams& p, const MatmulItem& item, void* scratch),
+                           (p, item, scratch))
+
+#endif
