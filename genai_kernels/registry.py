@@ -60,6 +60,7 @@ class Sample:
     bench: bool = False
     flops: float = 0.0  # of the forward, counting only what the result depends on
     elements: float = 0.0  # read and written by the forward, for memory-bound ops
+    stream: str = "copy"  # what such an op is held against; "read" where it writes next to nothing
     backward_flops: float = 0.0
     backward_elements: float = 0.0
     peers: tuple[str, ...] | None = None  # names of Op.peers, and "eager"; None: all

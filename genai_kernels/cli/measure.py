@@ -135,8 +135,8 @@ def measure(case: Case, settings: Settings, threads: int, limits: Limits) -> dic
             return result
 
         flops, nbytes = _work(case)
-        kind = limits.name_for(case.dtype) if flops else "copy"
-        limit = (lambda: limits.peak(kind)) if flops else (lambda: limits.stream("copy", int(nbytes)))
+        kind = limits.name_for(case.dtype) if flops else case.sample.stream
+        limit = (lambda: limits.peak(kind)) if flops else (lambda: limits.stream(kind, int(nbytes)))
         timings, rates = interleaved(calls, settings.seconds, limit if flops or nbytes else None)
         if not same_bits(calls[OURS](), first):
             result["refused"] = "the timed calls give other bits than the call that was checked"

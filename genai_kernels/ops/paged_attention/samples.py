@@ -149,13 +149,12 @@ def _decode(batch: int, context: int, *, heads: int = 32, kv_heads: int = 8, dim
         + ("_mha" if heads == kv_heads else "")
         + "".join(f"_{key}{value}" for key, value in options.items())
     )
-    read = 2.0 * batch * context * kv_heads * dim
     return Sample(
         name,
         lambda m: paged(m, [context] * batch, heads=heads, kv_heads=kv_heads, dim=dim, **options),
         bench=True,
-        elements=read,
-        flops=2 * read * heads / kv_heads,
+        elements=2.0 * batch * context * kv_heads * dim,
+        stream="read",
     )
 
 
