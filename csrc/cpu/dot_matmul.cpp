@@ -16,6 +16,7 @@
 #include "cpu/tile_gemm.h"
 #include "cpu/transpose.h"
 #include "cpu/attention_pack.h"
+#include "cpu/quantized.h"
 #include "cpu/pack_operand.h"
 #include "cpu/dot_tile.h"
 
@@ -147,7 +148,6 @@ void multiply_item(const DotMatmulParams& p, const MatmulItem& item, const DotSc
   using Word = typename P::Word;
   const int64_t rows = item.row_end - item.row_begin;
   Word *a = reinterpret_cast<Word*>(scratch.a), *packed = reinterpret_cast<Word*>(scratch.b);
-  const B* data = static_cast<const B*>(p.b.data);
   for (int64_t k = 0; k == 0 || k < p.depth; k += kDotDepth) {  // also where the sum is empty
     const int64_t until = min_of(p.depth, k + kDotDepth), depth = until - k;
     pack_rows<P, A>(p.a, item.row_begin, item.row_end, item.row_end, k, until, a, kDotStride);
@@ -160,17 +160,18 @@ void multiply_item(const DotMatmulParams& p, const MatmulItem& item, const DotSc
       const int64_t next_j = last ? item.column_begin : stop, next_k = last ? until : k;
       const PanelLines<B> lines(p.b, next_j, min_of<int64_t>(item.column_end, next_j + kDotColumns), next_k,
                                 min_of(p.depth, next_k + kDotDepth));
-      if ((rows <= kFewRows || is_same<B, typename P::Word>) && p.b.depth == 1) {
-        const B* b[kDotColumns];
-        for (int i = 0; i < kDotColumns; ++i) {
-          b[i] = data + min_of(j + i, stop - 1) * p.b.outer + k;
-          // the hardware goes on where a row begins, but not from one row to the next
-          for (int line = 0; rows <= kFewRows && !last && line < kLinesAhead; ++line)
-            __builtin_prefetch(b[i] + kDotColumns * p.b.outer + line * int64_t(64 / sizeof(B)));
+      if constexpr (!is_same<B, QuantizedElement>)
+        if ((rows <= kFewRows || is_same<B, typename P::Word>) && p.b.depth == 1) {
+          const B *data = static_cast<const B*>(p.b.data), *b[kDotColumns];
+          for (int i = 0; i < kDotColumns; ++i) {
+            b[i] = data + min_of(j + i, stop - 1) * p.b.outer + k;
+            // the hardware goes on where a row begins, but not from one row to the next
+            for (int line = 0; rows <= kFewRows && !last && line < kLinesAhead; ++line)
+              __builtin_prefetch(b[i] + kDotColumns * p.b.outer + line * int64_t(64 / sizeof(B)));
+          }
+          multiply_group<P, B>(p, item.row_begin, rows, column, a, b, depth, c, k == 0, lines);
+          continue;
         }
-        multiply_group<P, B>(p, item.row_begin, rows, column, a, b, depth, c, k == 0, lines);
-        continue;
-      }
       pack_rows<P, B>(p.b, j, stop, p.columns, k, until, packed, kDotStride);
       const int64_t words = (depth + P::kPerWord - 1) / P::kPerWord;
       if constexpr (P::kPerWord == 1) {
@@ -190,6 +191,16 @@ void multiply_item(const DotMatmulParams& p, const MatmulItem& item, const DotSc
 // f(product, type of A, type of B)
 template <class F>
 GK_INLINE void with_types(const MatmulOperand& a, const MatmulOperand& b, F&& f) {
+  if (b.quantized) {
+#if GENAI_KERNELS_ISA_BF16
+    if (a.dtype == Dtype::bf16 && !a.dropout)
+      return f(TypeTag<DotBf16>{}, TypeTag<bf16>{}, TypeTag<QuantizedElement>{});
+#endif
+    return switch_dtype(a.dtype, [&](auto type) {
+      using A = typename decltype(type)::type;
+      f(TypeTag<Fma<Compute<A>>>{}, TypeTag<A>{}, TypeTag<QuantizedElement>{});
+    });
+  }
   if (a.dtype == Dtype::f64) return f(TypeTag<Fma<double>>{}, TypeTag<double>{}, TypeTag<double>{});
 #if GENAI_KERNELS_ISA_BF16
   if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16 && !a.dropout)

@@ -18,6 +18,7 @@
 #include "cpu/tile_gemm.h"
 #include "cpu/transpose.h"
 #include "cpu/attention_pack.h"
+#include "cpu/quantized.h"
 #include "cpu/pack_operand.h"
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
@@ -161,6 +162,16 @@ void add_term(const MatmulTerm& term, const MatmulItem& item, const MatmulScratc
 // f(product, type of A, type of B)
 template <class F>
 GK_INLINE void with_types(const MatmulOperand& a, const MatmulOperand& b, F&& f) {
+  if (b.quantized) {
+#if GENAI_KERNELS_ISA_BF16
+    if (a.dtype == Dtype::bf16 && !a.dropout)
+      return f(TypeTag<DotBf16>{}, TypeTag<bf16>{}, TypeTag<QuantizedElement>{});
+#endif
+    return switch_dtype(a.dtype, [&](auto type) {
+      using A = typename decltype(type)::type;
+      f(TypeTag<Fma<Compute<A>>>{}, TypeTag<A>{}, TypeTag<QuantizedElement>{});
+    });
+  }
   if (a.dtype == Dtype::f64) return f(TypeTag<Fma<double>>{}, TypeTag<double>{}, TypeTag<double>{});
 #if GENAI_KERNELS_ISA_BF16
   if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16 && !b.dropout)

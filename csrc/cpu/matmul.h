@@ -20,15 +20,40 @@ struct Dropout {
 };
 inline constexpr uint32_t kDropoutStream = 0x6c6f7261;
 
+// A matrix [rows][columns] of few bits, in groups of 1 << group_bits columns of a row, at least 32 (or all: 62), the last
+// one as long as is left of the row. int8: element = q * scale. int4: (q - zero) * scale. nf4: kNf4[q] * scale. Of 4 bits,
+// byte i of every 16 bytes holds column i of 32 in its low half and column 16 + i in its high one; a row has whole 16
+// bytes. Products are rounded to the type that is computed in; where that multiplies bf16 by bf16, to bf16.
+enum class QuantizedKind : int32_t { int8, int4, nf4 };
+struct QuantizedMatrix {
+  QuantizedKind kind;
+  const uint8_t* data;
+  int64_t row_bytes;
+  int group_bits;
+  int64_t groups;             // in a row
+  const float* scale;         // [rows][groups], or null:
+  const uint8_t* scale_code;  // of which each 256, counted through all rows, are multiplied by an element of
+  const float* code_scale;
+  const uint8_t* zero;  // [rows][groups]: of int4
+};
+// The type, to templates, of the elements of such an operand.
+struct QuantizedElement {};
+inline constexpr int64_t kQuantizedStep = 16;  // columns that are unpacked at once
+inline constexpr int64_t kScaleBlock = 256;    // scales of one code_scale
+
 // A matrix that is read: element (i, k) at data[i * outer + k * depth], i being a row of A or a column of C and k running
 // over the contraction. Where its tokens lie along it (A, with depth 1) or across it (B, with outer 1), `tokens` names
 // those that are meant, if not all of them in their order; they are the rows of `dropout`.
+//
+// B may be quantized, for a product with float32, bf16, fp16 or float64: a row of `quantized` is a column of B with depth 1
+// (C = A Q'), and an element of the contraction with outer 1 (C = A Q). `data` and `dtype` mean nothing then.
 struct MatmulOperand {
   const void* data = nullptr;
   Dtype dtype = Dtype::f32;
   int64_t outer = 0, depth = 0;  // in elements
   const int64_t* tokens = nullptr;
   const Dropout* dropout = nullptr;
+  const QuantizedMatrix* quantized = nullptr;
 };
 
 // A part of C.

@@ -1,6 +1,6 @@
 // Packs the operands of a matrix product into words of tile_gemm.h's products: rows with their words side by side, or with
-// the rows in the lanes. Included inside an instruction-set region after vec.h, tile_gemm.h, transpose.h and
-// attention_pack.h; include cpu/matmul.h before the region.
+// the rows in the lanes. Included inside an instruction-set region after vec.h, tile_gemm.h, transpose.h,
+// attention_pack.h and quantized.h; include cpu/matmul.h before the region.
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
 namespace {
@@ -68,38 +68,44 @@ void pack_rows(const MatmulOperand& a, int64_t begin, int64_t end, int64_t rows,
                typename P::Word* to, int64_t stride) {
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>;
-  const T* data = static_cast<const T*>(a.data);
-  const int64_t words = (depth - k + P::kPerWord - 1) / P::kPerWord;
-  const auto put = [&](int64_t row, int64_t word, Vec<C> x)
-                       GK_LAMBDA_INLINE { __builtin_memcpy(to + (row - begin) * stride + word, &x, sizeof x); };
-  if (a.depth == 1) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* from = data + token_of(a, row) * a.outer + k;
-      const T* ahead = row + kRowsAhead < rows ? data + token_of(a, row + kRowsAhead) * a.outer + k : nullptr;
-      for (int64_t w = 0; w < words; w += kStep) {
-        if (ahead) __builtin_prefetch(ahead + w * P::kPerWord);
-        put(row, w, load_row_words<P>(from, w, depth - k));
-      }
-      if constexpr (P::kPerWord == 1)
-        if (a.dropout) drop(*a.dropout, token_of(a, row), k, to + (row - begin) * stride, depth - k);
-    }
-    return;
-  }
-  for (int64_t row = begin; row < end; row += kStep)
-    for (int64_t w = 0; w < words; w += kStep) {
-      Vec<C> x[kStep];
-      const int64_t at = k + w * P::kPerWord;
-      if (a.outer == 1) {
-        GK_UNROLL for (int l = 0; l < kStep; ++l) {
-          const int64_t from = at + l * P::kPerWord;
-          x[l] = from < depth ? load_lanes<P, T>(a, row, end, from, depth) : Vec<C>{};
+  if constexpr (is_same<T, QuantizedElement>) {
+    return switch_kind(a.quantized->kind, [&]<QuantizedKind Kind>() {
+      pack_quantized_rows<P, Kind>(*a.quantized, begin, end, rows, k, depth, to, stride);
+    });
+  } else {
+    const T* data = static_cast<const T*>(a.data);
+    const int64_t words = (depth - k + P::kPerWord - 1) / P::kPerWord;
+    const auto put = [&](int64_t row, int64_t word, Vec<C> x)
+                         GK_LAMBDA_INLINE { __builtin_memcpy(to + (row - begin) * stride + word, &x, sizeof x); };
+    if (a.depth == 1) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* from = data + token_of(a, row) * a.outer + k;
+        const T* ahead = row + kRowsAhead < rows ? data + token_of(a, row + kRowsAhead) * a.outer + k : nullptr;
+        for (int64_t w = 0; w < words; w += kStep) {
+          if (ahead) __builtin_prefetch(ahead + w * P::kPerWord);
+          put(row, w, load_row_words<P>(from, w, depth - k));
         }
-        transpose(x);
-      } else {
-        load_square<P, T>(a, row, end, at, depth, x);
+        if constexpr (P::kPerWord == 1)
+          if (a.dropout) drop(*a.dropout, token_of(a, row), k, to + (row - begin) * stride, depth - k);
       }
-      for (int l = 0; l < kStep && row + l < end; ++l) put(row + l, w, x[l]);
+      return;
     }
+    for (int64_t row = begin; row < end; row += kStep)
+      for (int64_t w = 0; w < words; w += kStep) {
+        Vec<C> x[kStep];
+        const int64_t at = k + w * P::kPerWord;
+        if (a.outer == 1) {
+          GK_UNROLL for (int l = 0; l < kStep; ++l) {
+            const int64_t from = at + l * P::kPerWord;
+            x[l] = from < depth ? load_lanes<P, T>(a, row, end, from, depth) : Vec<C>{};
+          }
+          transpose(x);
+        } else {
+          load_square<P, T>(a, row, end, at, depth, x);
+        }
+        for (int l = 0; l < kStep && row + l < end; ++l) put(row + l, w, x[l]);
+      }
+  }
 }
 
 // The cache lines that a panel of an operand is packed from, asked for little by little while another is multiplied.
@@ -122,6 +128,28 @@ struct PanelLines {
   }
 };
 
+template <>
+struct PanelLines<QuantizedElement> {
+  const uint8_t* data;
+  int64_t stride, a_row, total, asked = 0, row = 0, line = 0;
+
+  PanelLines(const MatmulOperand& b, int64_t begin, int64_t end, int64_t k, int64_t depth) {
+    const QuantizedMatrix& m = *b.quantized;
+    const bool across = b.outer == 1;
+    const int64_t first = (across ? begin : k) / 32 * 32, last = across ? end : depth;
+    data = m.data + (across ? k : begin) * m.row_bytes + bytes_of(m.kind, first);
+    stride = m.row_bytes;
+    a_row = (bytes_of(m.kind, last - first) + 63) / 64;
+    total = last > first ? a_row * (across ? depth - k : end - begin) : 0;
+  }
+  GK_INLINE void ask(int64_t done, int64_t rows) {
+    for (const int64_t to = done == rows ? total : total / rows * done; asked < to; ++asked) {
+      __builtin_prefetch(data + row * stride + line * 64, 0, 2);
+      if (++line == a_row) line = 0, ++row;
+    }
+  }
+};
+
 // to[word][stride lanes] = columns [begin, end) of B, elements [k, depth) of them; zeros in the lanes past `end`, up to a
 // whole register.
 template <class P, class T>
@@ -129,26 +157,32 @@ void pack_lanes(const MatmulOperand& b, int64_t begin, int64_t end, int64_t k, i
                 int64_t stride) {
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>;
-  const int64_t words = (depth - k + P::kPerWord - 1) / P::kPerWord;
-  for (int64_t i = begin; i < end; i += kStep) {
-    typename P::Word* lanes = to + (i - begin);
-    if (b.outer == 1) {
-      for (int64_t w = 0; w < words; ++w) {
-        const Vec<C> x = load_lanes<P, T>(b, i, end, k + w * P::kPerWord, depth);
-        __builtin_memcpy(lanes + w * stride, &x, sizeof x);
+  if constexpr (is_same<T, QuantizedElement>) {
+    return switch_kind(b.quantized->kind, [&]<QuantizedKind Kind>() {
+      pack_quantized_lanes<P, Kind>(*b.quantized, begin, end, k, depth, to, stride);
+    });
+  } else {
+    const int64_t words = (depth - k + P::kPerWord - 1) / P::kPerWord;
+    for (int64_t i = begin; i < end; i += kStep) {
+      typename P::Word* lanes = to + (i - begin);
+      if (b.outer == 1) {
+        for (int64_t w = 0; w < words; ++w) {
+          const Vec<C> x = load_lanes<P, T>(b, i, end, k + w * P::kPerWord, depth);
+          __builtin_memcpy(lanes + w * stride, &x, sizeof x);
+        }
+        continue;
       }
-      continue;
+      for (int64_t w = 0; w < words; w += kStep) {
+        Vec<C> x[kStep];
+        load_square<P, T>(b, i, end, k + w * P::kPerWord, depth, x);
+        transpose(x);
+        for (int l = 0; l < kStep && w + l < words; ++l) __builtin_memcpy(lanes + (w + l) * stride, &x[l], sizeof x[l]);
+      }
     }
-    for (int64_t w = 0; w < words; w += kStep) {
-      Vec<C> x[kStep];
-      load_square<P, T>(b, i, end, k + w * P::kPerWord, depth, x);
-      transpose(x);
-      for (int l = 0; l < kStep && w + l < words; ++l) __builtin_memcpy(lanes + (w + l) * stride, &x[l], sizeof x[l]);
-    }
+    if constexpr (P::kPerWord == 1)
+      for (int64_t w = 0; b.dropout && w < words; ++w)
+        drop(*b.dropout, token_of(b, k + w), begin, to + w * stride, end - begin);
   }
-  if constexpr (P::kPerWord == 1)
-    for (int64_t w = 0; b.dropout && w < words; ++w)
-      drop(*b.dropout, token_of(b, k + w), begin, to + w * stride, end - begin);
 }
 
 }  // namespace

@@ -63,6 +63,8 @@ inline const char* dtype_name(ScalarType type) {
       return "int64";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Byte:
+      return "uint8";
     default:
       return "another dtype";
   }
