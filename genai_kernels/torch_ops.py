@@ -197,10 +197,16 @@ def written(*tensors: torch.Tensor | None) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
 
 
-def autograd(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+def autograd(
+    name: str,
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+    consuming: Callable[..., Any] | None = None,
+) -> None:
     """Gives a torch op its gradient: `save(ctx, inputs, output)` after forward, `backward(ctx, *gradients)`.
 
-    With the dispatcher, and as a function of the autograd engine's own for `kernel`, at a quarter of the cost.
+    With the dispatcher, and as a function of the autograd engine's own for `kernel`, at a quarter of the cost. The
+    latter may be `consuming`, if a room keeps some of the outputs to itself: it may write into them.
     """
     torch.library.register_autograd(f"genai_kernels::{name}", backward, setup_context=save)
     run = kernel(name)
@@ -214,7 +220,8 @@ def autograd(name: str, save: Callable[..., None], backward: Callable[..., Any])
         return type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in members.items()})
 
     _functions[name] = _Function(
-        function(forward=forward, backward=backward), function(forward=run, setup_context=save, backward=backward)
+        function(forward=forward, backward=consuming or backward),
+        function(forward=run, setup_context=save, backward=backward),
     )
 
 

@@ -3,32 +3,15 @@
 Each must occur exactly once (tests/test_mutants.py). `units` are the files to compile again; the tests of `op` decide.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Mutant:
-    op: str
-    name: str
-    file: str
-    old: str
-    new: str
-    units: tuple[str, ...]
-
+from mutant import Mutant as Mutant
+from mutant import kernel, planted
+from mutant_catalogue_linear import LINEAR
 
 ATTENTION = "csrc/ops/flash_attention/"
 FORWARD, BACKWARD = ATTENTION + "flash_attention_cpu.cpp", ATTENTION + "flash_attention_bwd_cpu.cpp"
 DELTA = ATTENTION + "flash_attention_delta_cpu.cpp"
 PAGED = "csrc/ops/paged_attention/"
 TILE, HOST = ATTENTION + "tile.h", ATTENTION + "flash_attention.cpp"
-
-
-def kernel(op):
-    return f"csrc/ops/{op}/{op}_cpu.cpp"
-
-
-def planted(op, file, *faults, units=None):
-    return [Mutant(op, name, file, old, new, units or (file,)) for name, old, new in faults]
 
 
 MUTANTS = [
@@ -448,4 +431,5 @@ MUTANTS = [
         ("strides not looked at", "t.size(d) <= 1 || t.stride(d) == p.stride(d)", "true"),
         ("gaps not seen", "range.end - range.begin == t.numel() * size", "true"),
     ),
+    *LINEAR,
 ]

@@ -197,7 +197,9 @@ void write_rows(const MatmulParams& p, const MatmulItem& item, const MatmulScrat
     for (int64_t j = 0; j < columns; j += kLanesOf<C>) {
       Vec<C> x = load(c + j);
       if (p.scale != 1) x = x * scale;
-      if (j + kLanesOf<C> <= columns)
+      const bool whole = j + kLanesOf<C> <= columns;
+      if (p.accumulate) x = (whole ? load(to + j) : load_first(to + j, columns - j)) + x;
+      if (whole)
         store(to + j, x);
       else
         store_first(to + j, x, columns - j);

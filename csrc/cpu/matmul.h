@@ -120,6 +120,7 @@ struct MatmulParams {
   void* out;     // [rows][out_row], of type out_dtype
   Dtype out_dtype;
   int64_t out_row;
+  bool accumulate = false;  // out += C, for a contraction that comes in pieces
 };
 
 // Columns of an item begin at multiples of kMatmulColumns.
