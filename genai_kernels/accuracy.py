@@ -119,7 +119,8 @@ def map_tensors(f: Callable[[torch.Tensor], torch.Tensor], args: Any) -> Any:
     if isinstance(args, torch.Tensor):
         return f(args)
     if isinstance(args, (tuple, list)):
-        return type(args)(map_tensors(f, a) for a in args)
+        mapped = [map_tensors(f, a) for a in args]
+        return type(args)(*mapped) if hasattr(args, "_fields") else type(args)(mapped)
     if isinstance(args, dict):
         return {key: map_tensors(f, a) for key, a in args.items()}
     return args

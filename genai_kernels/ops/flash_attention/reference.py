@@ -7,21 +7,7 @@ from __future__ import annotations
 
 import torch
 
-_MASK32 = 0xFFFFFFFF
-
-
-def philox(c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: int, seed: int) -> list[torch.Tensor]:
-    """Philox4x32-10: four words (int64 tensors below 2^32) for each counter; see csrc/core/philox.h."""
-    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape)
-    w = [c.broadcast_to(shape) for c in (c0, c1, c2)] + [torch.full(shape, c3, device=c0.device)]
-    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(10):
-        # int64 products wrap modulo 2^64, which leaves both halves right
-        product0, product1 = w[0] * 0xD2511F53, w[2] * 0xCD9E8D57
-        high0, high1 = (product0 >> 32) & _MASK32, (product1 >> 32) & _MASK32
-        w = [high1 ^ w[1] ^ key0, product1 & _MASK32, high0 ^ w[3] ^ key1, product0 & _MASK32]
-        key0, key1 = (key0 + 0x9E3779B9) & _MASK32, (key1 + 0xBB67AE85) & _MASK32
-    return w
+from ...philox import MASK32, philox
 
 
 def dropout_keep(
@@ -36,7 +22,7 @@ def dropout_keep(
     query = torch.arange(queries)[:, None]
     row = (first_batch * heads + torch.arange(batch * heads)).view(batch, heads, 1, 1)
     words = torch.stack(philox(torch.arange((keys + 3) // 4), query, row, offset, seed), dim=-1).flatten(-2)
-    return words[..., : len(key)] >= min(int(p * 2**32), _MASK32)
+    return words[..., : len(key)] >= min(int(p * 2**32), MASK32)
 
 
 def visible_mask(queries: int, keys: int, left: int, right: int, device: torch.device) -> torch.Tensor:
