@@ -89,6 +89,29 @@ void add_adapters(const DotMatmulParams& p, int64_t row, int64_t column, Vec<C> 
   }
 }
 
+// What the rows of a tile share: one adapter for all its columns, and parts of S that lie evenly. The same additions as
+// add_adapters makes, without leaving the registers.
+template <class C>
+struct SharedAdapter {
+  const AdapterB* b = nullptr;
+  const C* s = nullptr;
+  int64_t stride = 0;
+};
+template <class C, int Rows>
+GK_INLINE SharedAdapter<C> shared_adapter(const DotMatmulParams& p, int64_t row, int64_t column) {
+  const int64_t* begin = p.adapters_begin + row;
+  const RowAdapter* first = p.adapters + begin[0];
+  if (begin[1] - begin[0] != 1 || first->b->depth != 1 || column < first->b->column_begin ||
+      min_of(p.columns, column + kDotColumns) > first->b->column_end)
+    return {};
+  const C* s = static_cast<const C*>(first->s);
+  const int64_t stride = Rows > 1 && begin[2] - begin[1] == 1 ? static_cast<const C*>(first[1].s) - s : 0;
+  for (int r = 1; r < Rows; ++r)
+    if (begin[r + 1] - begin[r] != 1 || first[r].b != first->b || static_cast<const C*>(first[r].s) != s + r * stride)
+      return {};
+  return {first->b, s, stride};
+}
+
 // C[rows][columns of one group] += or = A B' over one piece. `row` and `column`: where that is in C if the adapters of
 // its rows come now, else negative.
 template <class P, class T, int Rows>
@@ -98,9 +121,27 @@ GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t colu
   constexpr int kCount = Rows * kDotColumns, kLanesC = kLanesOf<C>;
   Vec<C> sum[kCount][kDotRegisters] = {};
   dot_tile<P, T, Rows, kDotColumns>(a, kDotStride, b, depth, sum);
-  if (column >= 0) {
-    Vec<C> with_adapters[kCount]
-                        [kDotRegisters];  // a copy: the sums have no address, or they would not stay in registers
+  if (const auto shared = column >= 0 ? shared_adapter<C, Rows>(p, row, column) : SharedAdapter<C>{}; shared.b) {
+    const int64_t last = min_of(p.columns, column + kDotColumns) - 1;
+    const auto add = [&](auto type) GK_LAMBDA_INLINE {
+      using Stored = typename decltype(type)::type;
+      const Stored* rows[kDotColumns];
+      for (int j = 0; j < kDotColumns; ++j)
+        rows[j] = static_cast<const Stored*>(shared.b->data) +
+                  (min_of(column + j, last) - shared.b->column_begin) * shared.b->outer;
+      dot_tile<Fma<C>, Stored, Rows, kDotColumns>(shared.s, shared.stride, rows, shared.b->rank, sum);
+    };
+    if constexpr (sizeof(C) == 8)
+      add(TypeTag<double>{});
+    else if (shared.b->dtype == Dtype::f32)
+      add(TypeTag<float>{});
+    else if (shared.b->dtype == Dtype::bf16)
+      add(TypeTag<bf16>{});
+    else
+      add(TypeTag<fp16>{});
+  } else if (column >= 0) {
+    // a copy: the sums have no address, or they would not stay in registers
+    Vec<C> with_adapters[kCount][kDotRegisters];
     GK_UNROLL for (int i = 0; i < kCount; ++i) GK_UNROLL for (int h = 0; h < kDotRegisters; ++h) with_adapters[i][h] =
         sum[i][h];
     for (int r = 0; r < Rows; ++r) add_adapters<C>(p, row + r, column, with_adapters + r * kDotColumns);

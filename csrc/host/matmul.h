@@ -50,6 +50,8 @@ inline int64_t scratch_of(const DotMatmulParams& p, int64_t rows, int64_t column
 inline int64_t scratch_of(const MatmulParams& p, int64_t rows, int64_t columns) {
   return matmul_scratch(p, rows, columns);
 }
+inline int64_t depth_of(const DotMatmulParams& p) { return p.depth; }
+inline int64_t depth_of(const MatmulParams& p) { return p.terms[0].depth; }
 inline void run_item(const DotMatmulParams& p, const MatmulItem& item, void* scratch) {
   dot_matmul_kernel(p, item, scratch);
 }
@@ -64,13 +66,21 @@ void run_matmuls(std::span<const Params> products) {
     int64_t begin;
   };
   std::vector<Work> work;
-  int64_t items = 0, bytes = 0;
+  int64_t items = 0, bytes = 0, multiplications = 0;
   for (const Params& p : products) {
     if (p.rows == 0 || p.columns == 0) continue;
     const MatmulGrid grid = grid_of(p);
     bytes = std::max(bytes, scratch_of(p, grid.largest_rows(), grid.largest_columns()));
     work.push_back({&p, grid, items});
     items += grid.count();
+    multiplications += p.rows * p.columns * depth_of(p);
+  }
+  // less than it costs to wake a thread
+  if (multiplications < int64_t(1) << 17) {
+    const Scratch scratch(bytes);
+    for (const Work& w : work)
+      for (int64_t i = 0; i < w.grid.count(); ++i) run_item(*w.p, w.grid.item(i), scratch.get());
+    return;
   }
   parallel_for_dynamic(
       items, [&] { return Scratch(bytes); },
