@@ -2,7 +2,106 @@
 
 from mutant import kernel, planted
 
+DOT, PRODUCT, PACK = "csrc/cpu/dot_matmul.cpp", "csrc/cpu/matmul.cpp", "csrc/cpu/pack_operand.h"
+LORA = "csrc/ops/lora_linear/lora_linear.cpp"
+
 LINEAR = [
+    *planted(
+        "linear",
+        DOT,
+        ("columns of the first group again", "b[i] = packed + min_of<int64_t>(i, stop - j - 1)", "b[i] = packed + 0"),
+        ("pieces not added up", "store(c, first ? sums : load(c) + sums);", "store(c, sums);"),
+        (
+            "pieces added to what was there",
+            "multiply_group<P, C>(p, item.row_begin, rows, column, a, b, words, c, k == 0, lines);",
+            "multiply_group<P, C>(p, item.row_begin, rows, column, a, b, words, c, false, lines);",
+        ),
+        ("bias of the first columns", "[(item.column_begin + j) * p.bias.outer]", "[j * p.bias.outer]"),
+        ("bias with stride 1", "[(item.column_begin + j) * p.bias.outer]", "[item.column_begin + j]"),
+        (
+            "columns of the next row",
+            "scratch.c + (r - item.row_begin) * kDotColumns;",
+            "scratch.c + (r - item.row_begin + (rows > 1 && r == item.row_begin)) * kDotColumns;",
+        ),
+    ),
+    *planted(
+        "linear",
+        PRODUCT,
+        (
+            "pieces of the depth not added up",
+            "store(to, first ? sum[i][j] : load(to) + sum[i][j]);",
+            "store(to, sum[i][j]);",
+        ),
+        (
+            "the same piece of A again",
+            "reinterpret_cast<Word*>(scratch.a[k / kMatmulDepth % 2]);",
+            "reinterpret_cast<Word*>(scratch.a[0]);",
+        ),
+        ("last rows of A not packed", "last && done == count ? count : to", "to"),
+    ),
+    *planted(
+        "linear",
+        PACK,
+        (
+            "row of A with the stride of its elements",
+            "const T* from = data + token_of(a, row) * a.outer + k;",
+            "const T* from = data + token_of(a, row) * a.depth + k;",
+        ),
+        (
+            "elements of a strided row side by side",
+            "data[(i + l) * m.outer + (k + e) * m.depth]",
+            "data[(i + l) * m.outer + (k + e)]",
+        ),
+        units=(DOT, PRODUCT),
+    ),
+    *planted(
+        "lora_linear",
+        DOT,
+        ("the first row's part of S for all rows of a tile", "static_cast<const C*>(first[1].s) - s : 0;", "0 : 0;"),
+        (
+            "last registers of a rank left out",
+            "k < b.rank; k += kLanesOf<C>)",
+            "k + kLanesOf<C> <= b.rank; k += kLanesOf<C>)",
+        ),
+        ("B with stride 1", "part[l] = data[(k + l) * b.depth];", "part[l] = data[k + l];"),
+    ),
+    *planted(
+        "lora_linear",
+        PACK,
+        ("dropout of the next row", "philox(uint32_t(row), c1,", "philox(uint32_t(row + 1), c1,"),
+        (
+            "dropout without its factor",
+            "x[i] = words[w][l] >= dropout.threshold ? x[i] * scale",
+            "x[i] = words[w][l] >= dropout.threshold ? x[i]",
+        ),
+        (
+            "dropout of other columns",
+            "const int64_t i = block + w * kWord + l - column;",
+            "const int64_t i = block + w * kWord + l - column / 16 * 16;",
+        ),
+        units=(DOT, PRODUCT),
+    ),
+    *planted(
+        "lora_linear",
+        LORA,
+        ("S not scaled", "p.scale = c.adapters[i].scaling;", "p.scale = 1;"),
+        ("S without dropout", "shrunk.rows.dropout = c.drops();", ""),
+        ("dx without dropout's mask", "term.dropout = c.drops();", ""),
+        ("dA of the whole x", "da.b.dropout = c.drops();", ""),
+        ("id past the end", "at >= -1 && at < count, c.op", "at >= -1 && at <= count, c.op"),
+        ("ids of the first slot", "const int32_t at = id[r * slots + s];", "const int32_t at = id[r * slots];"),
+        (
+            "rows of the first adapter for all in dx",
+            "term.rows = c.shares[i].rows();",
+            "term.rows = c.shares[0].rows();",
+        ),
+        (
+            "dB of the first columns",
+            "db.b = columns_from(c, dy, adapter.column_begin, 1, 0);",
+            "db.b = columns_from(c, dy, 0, 1, 0);",
+        ),
+        ("dS of the first columns", "columns_from(c, dy, adapter.column_begin, 0, 1)", "columns_from(c, dy, 0, 0, 1)"),
+    ),
     *planted(
         "fused_linear_cross_entropy",
         kernel("fused_linear_cross_entropy"),

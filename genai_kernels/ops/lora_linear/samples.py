@@ -104,7 +104,7 @@ def _bench_multi(rows: int, width: int, count: int) -> Sample:
 MULTI_SAMPLES = [
     Sample("plain", lambda m: multi(m, (5, 7), 64, 48, [8, 16])),
     Sample("ranks", lambda m: multi(m, (30,), 77, 31, [1, 5, 16, 33], bias=True)),
-    Sample("one_row", lambda m: multi(m, (1,), 200, 130, [8, 4])),
+    Sample("one_row", lambda m: multi(m, (1,), 200, 130, [40, 24])),
     Sample("slots", lambda m: multi(m, (25,), 60, 50, [3, 8, 20], slots=2)),
     Sample("columns", lambda m: multi(m, (24,), 50, 60, [4, 8, 16], slots=3, parts=True, bias=True)),
     Sample("segments", lambda m: multi(m, (90,), 40, 30, [8, 6, 4], runs=7)),
