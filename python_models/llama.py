@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import genai_kernels as gk
@@ -170,6 +169,10 @@ class Llama(nn.Module):
             ValueError: shapes that do not fit.
             IndexError: a token outside of the vocabulary; a position outside of the context.
         """
+        return self.head(self._last_hidden(tokens, positions, cache, logits_of))
+
+    def _last_hidden(self, tokens, positions=None, cache=None, logits_of=None) -> torch.Tensor:
+        """What the head makes logits of."""
         self._check(tokens, positions, cache)
         cos, sin = self.tables.on(tokens.device)
         tables = (cos, sin) if positions is not None else (cos[: tokens.shape[-1]], sin[: tokens.shape[-1]])
@@ -179,7 +182,7 @@ class Llama(nn.Module):
         if logits_of is not None:
             x, residual = _rows(x, logits_of), _rows(residual, logits_of)
         x, _ = gk.fused_add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
-        return self.head(x)
+        return x
 
     def _check(self, tokens, positions, cache) -> None:
         rank, form = (2, "[batch, T] without a cache") if cache is None else (1, "[total_tokens] with a cache")
@@ -195,5 +198,5 @@ class Llama(nn.Module):
             )
 
     def loss(self, tokens: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of the tokens that follow, `[batch, T]` both, in nats."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), following.flatten())
+        """Mean cross entropy of the tokens that follow, `[batch, T]` both, in nats; float32, without the logits."""
+        return gk.fused_linear_cross_entropy(self._last_hidden(tokens), self.head.weight, following, self.head.bias)
