@@ -138,19 +138,19 @@ def _backward(ctx, dloss, *_, consume=False):
         return (None,) * 12
     x, weight, target, bias = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    if _REDUCTIONS[ctx.reduction] == "mean":
-        dloss = dloss / (target != ctx.numbers[0]).sum().clamp_min(1)
     by_row = _REDUCTIONS[ctx.reduction] == "none"
+    # divided by at the end: a rounded 1 / count would shift all elements alike
+    count = (target != ctx.numbers[0]).sum().clamp_min(1) if _REDUCTIONS[ctx.reduction] == "mean" else 1
     if torch.is_grad_enabled() or any(w and s is None for w, s in zip(wanted, ctx.sums, strict=True)):
         factors = dloss if by_row else dloss.new_ones(1).expand(len(x))
         sums = _fused_linear_cross_entropy_bwd(factors, x, weight, target, bias, *ctx.numbers, *wanted)
         if not by_row:
-            sums = [s * dloss for s in sums]
+            sums = [s * dloss / count for s in sums]
     elif consume:  # each is given away once
-        sums = [s.mul_(dloss) if w else s for w, s in zip(wanted, ctx.sums, strict=True)]
+        sums = [s.mul_(dloss).div_(count) if w else s for w, s in zip(wanted, ctx.sums, strict=True)]
         ctx.sums = [None if w else s for w, s in zip(wanted, sums, strict=True)]
     else:
-        sums = [s if s is None else s * dloss for s in ctx.sums]
+        sums = [s if s is None else s * dloss / count for s in ctx.sums]
     dx, dweight, dbias = (s.to(x.dtype) if w else None for w, s in zip(wanted, sums, strict=True))
     return dx, dweight, None, dbias, *[None] * 8
 

@@ -66,7 +66,7 @@ SAMPLES = [
     Sample("masked_vocabulary", _masked_vocabulary),
     Sample("one_class", lambda m: _call(m, (5,), 8, 1)),
     Sample("wide_vocabulary", lambda m: _call(m, (7,), 20, 3001, ignored=0.2, reduction="none")),
-    Sample("many_rows", lambda m: _call(m, (1100,), 9, 30, ignored=0.1, bias=True)),  # two chunks
+    Sample("many_rows", lambda m: _call(m, (1400,), 9, 30, ignored=0.1, bias=True)),  # two chunks
     Sample("deep", lambda m: _call(m, (12,), 1100, 40)),
     Sample("strided", lambda m: ((m(40, 30).t()[:, ::2], m(20, 60)[:, ::3], torch.arange(60)[::2] % 20,
                                   m(40)[::2]), {})),
