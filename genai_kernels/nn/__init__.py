@@ -2,6 +2,16 @@
 
 from .linear import FusedLinearCrossEntropy, Linear
 from .lora import LoRALinear, MultiLoRALinear
+from .lora_files import add_lora, load_adapter, save_adapter
 from .norms import RMSNorm
 
-__all__ = ["FusedLinearCrossEntropy", "Linear", "LoRALinear", "MultiLoRALinear", "RMSNorm"]
+__all__ = [
+    "FusedLinearCrossEntropy",
+    "Linear",
+    "LoRALinear",
+    "MultiLoRALinear",
+    "RMSNorm",
+    "add_lora",
+    "load_adapter",
+    "save_adapter",
+]  # fmt: skip
