@@ -1,5 +1,8 @@
 """paged_attention: the same bits whatever a token is computed with, and no memory touched that no token sees."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from calls import same_bits
@@ -264,3 +267,43 @@ def test_errors(name):
     build, kind, text = BAD[name]
     with pytest.raises(kind, match=text):
         gk.paged_attention(**build())
+
+
+_FORBIDDEN = """
+import ctypes, mmap, torch, genai_kernels as gk
+libc = ctypes.CDLL(None, use_errno=True)
+PROT_NONE, BLOCKS, BYTES = 0, 8, 16 * 2 * 64 * 4  # 8 KiB each: whole pages of memory
+
+
+def cache(forbidden):
+    memory = mmap.mmap(-1, BLOCKS * BYTES)
+    tensor = torch.frombuffer(memory, dtype=torch.float32).view(BLOCKS, 16, 2, 64)
+    tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    for block in forbidden:
+        assert libc.mprotect(ctypes.c_void_p(tensor[block].data_ptr()), ctypes.c_size_t(BYTES), PROT_NONE) == 0
+    return tensor
+
+
+def attend(forbidden, queries, window):
+    k, v = cache(forbidden), cache(forbidden)
+    q = torch.randn(2, queries, 4, 64, generator=torch.Generator().manual_seed(2))
+    table = torch.tensor([[0, 3, 2, 4], [7, 6, 0, 0]], dtype=torch.int32)  # the window of the first has left block 0
+    lengths = torch.tensor([59, 17], dtype=torch.int32)
+    return gk.paged_attention(q, k, v, table, lengths, window_size=(window, 0))
+
+
+for queries in (1, 3, 17):
+    window = 43 - queries if queries < 17 else 26
+    expected = attend([], queries, window)
+    assert torch.equal(attend([0, 1, 5], queries, window), expected)
+print("untouched")
+"""
+
+
+def test_blocks_that_no_query_sees_are_never_read():
+    """Not even to be multiplied by 0: their memory is forbidden here, and a read of it would end the process."""
+    result = subprocess.run(
+        [sys.executable, "-c", _FORBIDDEN], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "untouched\n"
