@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -148,6 +152,36 @@ def test_a_nan_stays_in_the_rows_of_its_adapter():
     y = gk.lora_linear_multi(x, weight, adapters, ids, bias)
     assert y[ids == 1].isnan().all()
     assert torch.equal(y[ids != 1], expected[ids != 1])
+
+
+PEAK = """
+import resource, sys, torch, genai_kernels as gk
+torch.set_num_threads(2)
+def step(rows, width):
+    x = torch.empty(rows, width, dtype=torch.bfloat16).normal_().requires_grad_()
+    weight = torch.empty(width, width, dtype=torch.bfloat16).normal_()
+    a, b = (torch.empty(shape).normal_().requires_grad_() for shape in ((16, width), (width, 16)))
+    y = gk.lora_linear(x, weight, a, b, 2.0, dropout_p=0.1, seed=1)
+    y.backward(y.detach())
+with gk.use_backend(sys.argv[1]):
+    step(16, 64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(16384, 512)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_of_a_training_step():
+    """x, y and dx are 16 MiB each; beside them S and dS, 1 MiB each, the adapter's gradients and scratch."""
+
+    def peak(backend):
+        command = [sys.executable, "-c", PEAK, backend]
+        root = Path(__file__).resolve().parents[2]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout) / 1024
+
+    ours, eager = peak("auto"), peak("reference")
+    assert ours < 60, f"{ours:.0f} MiB"
+    assert ours < eager / 2, f"{ours:.0f} MiB of {eager:.0f}"
 
 
 X, W, A, B = torch.ones(4, 6), torch.ones(5, 6), torch.ones(2, 6), torch.ones(5, 2)
