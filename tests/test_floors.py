@@ -4,7 +4,7 @@
 0  csrc/runtime                             the standard library; pybind11 in its binding; a library of its own
 1  csrc/ops/<op>/<op>_cpu.cpp, <op>.cu      floor 0 and the room's own headers; nothing of std or torch in an ISA region
 2  csrc/ops/<op>/<op>.cpp, csrc/host        torch's stable ABI, nothing else of torch
-3  genai_kernels/ops/<op>                   registry, torch_ops, backends, accuracy; not another room
+3  genai_kernels/ops/<op>                   registry, torch_ops, backends, accuracy, quantized; not another room
 4  genai_kernels/{nn,optim,kv_cache,integrations,cli}   ops through their public functions
 5  python_models                            the public API only
 """
@@ -163,7 +163,7 @@ def test_package_does_not_import_what_stands_on_it(path):
 @each([p for p in within("genai_kernels/ops") if room(p)])
 def test_rooms_do_not_import_each_other(path):
     ours = [n for n in imported(path) if n.startswith("genai_kernels.")]
-    may = ("registry", "torch_ops", "backends", "accuracy", "philox", "triton_lib", f"ops.{room(path)}")
+    may = ("registry", "torch_ops", "backends", "accuracy", "philox", "quantized", "triton_lib", f"ops.{room(path)}")
     allowed = tuple(f"genai_kernels.{m}" for m in may)
     assert [n for n in ours if not n.startswith(allowed)] == []
 

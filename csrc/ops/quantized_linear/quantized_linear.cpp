@@ -1,0 +1,70 @@
+// Host of the linear layers with a quantized weight: schemas, checks, allocation, the products of forward and backward.
+#include "host/alloc.h"
+#include "host/check.h"
+#include "host/direct_call.h"
+#include "host/matmul.h"
+#include "host/quantized.h"
+
+namespace genai_kernels {
+namespace {
+
+// The public function that a call came from, by what its data are.
+const char* name_of(const TensorRef& data, const OptionalTensor& zero) {
+  return data.scalar_type() == ScalarType::Char ? "int8_linear" : zero ? "int4_linear" : "nf4_linear";
+}
+
+// x is [rows, in].
+Tensor quantized_linear(const TensorRef& x, const TensorRef& data, const TensorRef& scale, const OptionalTensor& zero,
+                        const OptionalTensor& code_scale, int64_t inputs, int64_t group_size,
+                        const OptionalTensor& bias) {
+  const char* op = name_of(data, zero);
+  DotMatmulParams p{};
+  p.a = operand(op, "x", x, 0, 1);
+  const QuantizedMatrix weight = quantized_matrix(op, data, scale, zero, code_scale, inputs, group_size);
+  p.b = operand(weight);
+  GK_CHECK_VALUE(x.dim() == 2 && x.size(1) == inputs, op, "x: expected a last dimension of ", inputs,
+                 " as weight has, got shape ", shape_of(x));
+  p.rows = x.size(0);
+  p.columns = data.size(0);
+  p.depth = inputs;
+  p.scale = 1;
+  if (bias) {
+    check_same_dtype(op, "bias", *bias, "x", x);
+    GK_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == p.columns, op, "bias: expected [", p.columns, "], got shape ",
+                   shape_of(*bias));
+    p.bias = {bias->data(), p.a.dtype, bias->stride(0), 0};
+  }
+  Tensor y = new_empty(x, {p.rows, p.columns}, x.scalar_type());
+  p.out = y.mutable_data_ptr();
+  p.out_dtype = p.a.dtype;
+  p.out_row = p.columns;
+  run_matmul(p);
+  return y;
+}
+
+// dx = dy Q.
+Tensor quantized_linear_dx(const TensorRef& dy, const TensorRef& data, const TensorRef& scale,
+                           const OptionalTensor& zero, const OptionalTensor& code_scale, int64_t inputs,
+                           int64_t group_size) {
+  const char* op = name_of(data, zero);
+  const QuantizedMatrix weight = quantized_matrix(op, data, scale, zero, code_scale, inputs, group_size);
+  GK_CHECK_VALUE(dy.dim() == 2 && dy.size(1) == data.size(0), op, "dy: expected a last dimension of ", data.size(0),
+                 ", got shape ", shape_of(dy));
+  MatmulTerm term{};
+  term.a = operand(op, "dy", dy, 0, 1);
+  term.b = operand(weight, true);
+  term.depth = data.size(0);
+  Tensor dx = new_empty(dy, {dy.size(0), inputs}, dy.scalar_type());
+  run_matmul(MatmulParams{&term, 1, dy.size(0), inputs, 1, dx.mutable_data_ptr(), term.a.dtype, inputs});
+  return dx;
+}
+
+}  // namespace
+}  // namespace genai_kernels
+
+GK_CPU_OP(quantized_linear, genai_kernels::quantized_linear,
+          "(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? code_scale, int inputs, int group_size, "
+          "Tensor? bias) -> Tensor")
+GK_CPU_OP(quantized_linear_dx, genai_kernels::quantized_linear_dx,
+          "(Tensor dy, Tensor data, Tensor scale, Tensor? zero, Tensor? code_scale, int inputs, int group_size) "
+          "-> Tensor")
