@@ -13,8 +13,8 @@ LINEAR = [
         ("pieces not added up", "store(c, first ? sums : load(c) + sums);", "store(c, sums);"),
         (
             "pieces added to what was there",
-            "multiply_group<P, C>(p, item.row_begin, rows, column, a, b, words, c, k == 0, lines);",
-            "multiply_group<P, C>(p, item.row_begin, rows, column, a, b, words, c, false, lines);",
+            "multiply_group<P>(p, item.row_begin, rows, column, a, b, words, c, k == 0, lines);",
+            "multiply_group<P>(p, item.row_begin, rows, column, a, b, words, c, false, lines);",
         ),
         ("bias of the first columns", "[(item.column_begin + j) * p.bias.outer]", "[j * p.bias.outer]"),
         ("bias with stride 1", "[(item.column_begin + j) * p.bias.outer]", "[item.column_begin + j]"),

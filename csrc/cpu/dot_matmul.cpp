@@ -19,6 +19,7 @@
 #include "cpu/quantized.h"
 #include "cpu/pack_operand.h"
 #include "cpu/dot_tile.h"
+#include "cpu/quantized_tile.h"
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
 namespace {
@@ -27,6 +28,8 @@ constexpr int64_t kDotStride = kDotDepth + 16;  // rows that do not share the se
 // With so few rows of A, reading those of B as they lie costs less than to pack them.
 constexpr int64_t kFewRows = 8;
 constexpr int kLinesAhead = 16;
+// A row of few bits is short: the L1 has not enough lines under way for the next six, but the L2 has for those after.
+constexpr int kQuantizedAhead = 2;
 
 template <class C>
 struct DotScratch {
@@ -114,13 +117,13 @@ GK_INLINE SharedAdapter<C> shared_adapter(const DotMatmulParams& p, int64_t row,
 
 // C[rows][columns of one group] += or = A B' over one piece. `row` and `column`: where that is in C if the adapters of
 // its rows come now, else negative.
-template <class P, class T, int Rows>
+template <class P, int Rows, class B>
 GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t column, const typename P::Word* a,
-                             const T* const (&b)[kDotColumns], int64_t depth, typename P::Compute* c, bool first) {
+                             const B& b, int64_t depth, typename P::Compute* c, bool first) {
   using C = typename P::Compute;
   constexpr int kCount = Rows * kDotColumns, kLanesC = kLanesOf<C>;
   Vec<C> sum[kCount][kDotRegisters] = {};
-  dot_tile<P, T, Rows, kDotColumns>(a, kDotStride, b, depth, sum);
+  dot_tile<P, Rows, kDotColumns>(a, kDotStride, b, depth, sum);
   if (const auto shared = column >= 0 ? shared_adapter<C, Rows>(p, row, column) : SharedAdapter<C>{}; shared.b) {
     const int64_t last = min_of(p.columns, column + kDotColumns) - 1;
     const auto add = [&](auto type) GK_LAMBDA_INLINE {
@@ -129,7 +132,7 @@ GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t colu
       for (int j = 0; j < kDotColumns; ++j)
         rows[j] = static_cast<const Stored*>(shared.b->data) +
                   (min_of(column + j, last) - shared.b->column_begin) * shared.b->outer;
-      dot_tile<Fma<C>, Stored, Rows, kDotColumns>(shared.s, shared.stride, rows, shared.b->rank, sum);
+      dot_tile<Fma<C>, Rows, kDotColumns>(shared.s, shared.stride, rows, shared.b->rank, sum);
     };
     if constexpr (sizeof(C) == 8)
       add(TypeTag<double>{});
@@ -167,15 +170,15 @@ GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t colu
   if constexpr (kWhole < kCount) add(IntTag<kWhole>{}, IntTag<kCount - kWhole>{});
 }
 
-template <class P, class T, class Lines>
+template <class P, class B, class Lines>
 void multiply_group(const DotMatmulParams& p, int64_t row, int64_t rows, int64_t column, const typename P::Word* a,
-                    const T* const (&b)[kDotColumns], int64_t depth, typename P::Compute* c, bool first, Lines lines) {
+                    const B& b, int64_t depth, typename P::Compute* c, bool first, Lines lines) {
   int64_t r = 0;
   const auto run = [&](auto size) GK_LAMBDA_INLINE {
     constexpr int kRows = decltype(size)::value;
     for (; r + kRows <= rows; r += kRows) {
       if (rows > kFewRows) lines.ask(r + kRows, rows);  // the hardware sees what a few rows will want
-      multiply_rows<P, T, kRows>(p, row + r, column, a + r * kDotStride, b, depth, c + r * kDotColumns, first);
+      multiply_rows<P, kRows>(p, row + r, column, a + r * kDotStride, b, depth, c + r * kDotColumns, first);
     }
   };
   if constexpr (kDotRows == 4) run(IntTag<4>{});
@@ -201,7 +204,23 @@ void multiply_item(const DotMatmulParams& p, const MatmulItem& item, const DotSc
       const int64_t next_j = last ? item.column_begin : stop, next_k = last ? until : k;
       const PanelLines<B> lines(p.b, next_j, min_of<int64_t>(item.column_end, next_j + kDotColumns), next_k,
                                 min_of(p.depth, next_k + kDotDepth));
-      if constexpr (!is_same<B, QuantizedElement>)
+      if constexpr (is_same<B, QuantizedElement> && is_same<C, float>) {
+        if (rows <= kDotRows) {  // unpacked once
+          const QuantizedMatrix& m = *p.b.quantized;
+          const int64_t bytes = bytes_of(m.kind, depth);
+          switch_kind(m.kind, [&]<QuantizedKind Kind>() {
+            QuantizedRows<Kind> b{m, {}, k};
+            for (int i = 0; i < kDotColumns; ++i) {
+              b.row[i] = min_of(j + i, stop - 1);
+              const uint8_t* ahead =
+                  m.data + (b.row[i] + kQuantizedAhead * kDotColumns) * m.row_bytes + bytes_of(m.kind, k);
+              for (int64_t line = 0; !last && line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+            }
+            multiply_group<P>(p, item.row_begin, rows, column, a, b, depth, c, k == 0, lines);
+          });
+          continue;
+        }
+      } else if constexpr (!is_same<B, QuantizedElement>) {
         if ((rows <= kFewRows || is_same<B, typename P::Word>) && p.b.depth == 1) {
           const B *data = static_cast<const B*>(p.b.data), *b[kDotColumns];
           for (int i = 0; i < kDotColumns; ++i) {
@@ -210,20 +229,21 @@ void multiply_item(const DotMatmulParams& p, const MatmulItem& item, const DotSc
             for (int line = 0; rows <= kFewRows && !last && line < kLinesAhead; ++line)
               __builtin_prefetch(b[i] + kDotColumns * p.b.outer + line * int64_t(64 / sizeof(B)));
           }
-          multiply_group<P, B>(p, item.row_begin, rows, column, a, b, depth, c, k == 0, lines);
+          multiply_group<P>(p, item.row_begin, rows, column, a, b, depth, c, k == 0, lines);
           continue;
         }
+      }
       pack_rows<P, B>(p.b, j, stop, p.columns, k, until, packed, kDotStride);
       const int64_t words = (depth + P::kPerWord - 1) / P::kPerWord;
       if constexpr (P::kPerWord == 1) {
         const C* b[kDotColumns];
         for (int i = 0; i < kDotColumns; ++i) b[i] = packed + min_of<int64_t>(i, stop - j - 1) * kDotStride;
-        multiply_group<P, C>(p, item.row_begin, rows, column, a, b, words, c, k == 0, lines);
+        multiply_group<P>(p, item.row_begin, rows, column, a, b, words, c, k == 0, lines);
       } else {
         const bf16* b[kDotColumns];
         for (int i = 0; i < kDotColumns; ++i)
           b[i] = reinterpret_cast<const bf16*>(packed + min_of<int64_t>(i, stop - j - 1) * kDotStride);
-        multiply_group<P, bf16>(p, item.row_begin, rows, column, a, b, 2 * words, c, k == 0, lines);
+        multiply_group<P>(p, item.row_begin, rows, column, a, b, 2 * words, c, k == 0, lines);
       }
     }
   }

@@ -47,7 +47,7 @@ GK_INLINE Vec<C> add_lanes(Vec<C> (&x)[Count]) {
 }
 
 // sum[r * Columns + c] += the products of row r of A, packed, and row c of B, `depth` elements of each; a sum in each lane.
-template <class P, class T, int Rows, int Columns>
+template <class P, int Rows, int Columns, class T>
 GK_INLINE void dot_tile(const typename P::Word* a, int64_t a_stride, const T* const (&b)[Columns], int64_t depth,
                         Vec<typename P::Compute> (&sum)[Rows * Columns][kDotRegisters]) {
   using C = typename P::Compute;

@@ -62,18 +62,73 @@ GK_INLINE VecF look_up(const VecF (&table)[16 / kLanes], VecI q) {
 #endif
 }
 
-// Row `row` of a quantized matrix. `begin_group` before the columns of one.
-template <QuantizedKind Kind, class C>
-struct QuantizedRow;
-
 template <class C>
 GK_INLINE C scale_of(const QuantizedMatrix& m, int64_t at) {
   return m.scale ? C(m.scale[at]) : C(m.scale_code[at]) * C(m.code_scale[at / kScaleBlock]);
 }
 
+// What the elements of a group are, by code; of int8 its scale.
+constexpr int kStepRegisters = kQuantizedStep / kLanes;
+template <QuantizedKind Kind>
+GK_INLINE void table_of(const QuantizedMatrix& m, int64_t group, VecF (&table)[kStepRegisters]) {
+  const VecF scale = broadcast(scale_of<float>(m, group));
+  GK_UNROLL for (int i = 0; i < kStepRegisters; ++i) {
+    if constexpr (Kind == QuantizedKind::int8) table[i] = scale;
+    if constexpr (Kind == QuantizedKind::int4)
+      table[i] = (load(kInt4 + i * kLanes) - broadcast(float(m.zero[group]))) * scale;
+    if constexpr (Kind == QuantizedKind::nf4) table[i] = load(kNf4 + i * kLanes) * scale;
+  }
+}
+
+// Columns [column, column + kQuantizedStep) of a row of `n`. Past it int8 gives zeros, and 4 bits what they are.
+template <QuantizedKind Kind>
+GK_INLINE void load_step(const uint8_t* data, const VecF (&table)[kStepRegisters], int64_t column, int64_t n,
+                         VecF (&x)[kStepRegisters]) {
+  VecI q[kStepRegisters];
+  if constexpr (Kind == QuantizedKind::int8) {
+    const int8_t* from = reinterpret_cast<const int8_t*>(data) + column;
+    if (__builtin_expect(column + kQuantizedStep <= n, 1)) {
+      widen_bytes(from, q);
+    } else {
+      int8_t padded[kQuantizedStep] = {};
+      __builtin_memcpy(padded, from, n - column);
+      widen_bytes(padded, q);
+    }
+    GK_UNROLL for (int i = 0; i < kStepRegisters; ++i) x[i] = __builtin_convertvector(q[i], VecF) * table[i];
+  } else {
+    widen_bytes(data + column / 32 * 16, q);
+    const int shift = int(column / 16 % 2) * 4;
+    GK_UNROLL for (int i = 0; i < kStepRegisters; ++i) x[i] = look_up(table, q[i] >> shift);
+  }
+}
+
+// The same of two steps, 32 columns from a multiple of 32 on: of 4 bits a byte has an element of each.
+template <QuantizedKind Kind>
+GK_INLINE void load_pair(const uint8_t* data, const VecF (&table)[kStepRegisters], int64_t column, int64_t n,
+                         VecF (&x)[2][kStepRegisters]) {
+  if constexpr (Kind == QuantizedKind::int8) {
+    load_step<Kind>(data, table, column, n, x[0]);
+    if (column + kQuantizedStep < n)
+      load_step<Kind>(data, table, column + kQuantizedStep, n, x[1]);
+    else
+      GK_UNROLL for (int i = 0; i < kStepRegisters; ++i) x[1][i] = VecF{};
+  } else {
+    VecI q[kStepRegisters];
+    widen_bytes(data + (column >> 1), q);
+    GK_UNROLL for (int i = 0; i < kStepRegisters; ++i) {
+      x[0][i] = look_up(table, q[i]);
+      x[1][i] = look_up(table, q[i] >> 4);
+    }
+  }
+}
+
+// A row of a quantized matrix, to be packed. `begin_group` before the columns of one.
+template <QuantizedKind Kind, class C>
+struct QuantizedRow;
+
 template <QuantizedKind Kind>
 struct QuantizedRow<Kind, float> {
-  static constexpr int kRegisters = kQuantizedStep / kLanes;
+  static constexpr int kRegisters = kStepRegisters;
   const QuantizedMatrix& m;
   const uint8_t* data;
   int64_t group;  // the first of the row
@@ -81,34 +136,12 @@ struct QuantizedRow<Kind, float> {
 
   GK_INLINE QuantizedRow(const QuantizedMatrix& m, int64_t row)
       : m(m), data(m.data + row * m.row_bytes), group(row * m.groups) {}
-  GK_INLINE void begin_group(int64_t column) {
-    const int64_t at = group + (column >> m.group_bits);
-    const VecF scale = broadcast(scale_of<float>(m, at));
-    GK_UNROLL for (int i = 0; i < kRegisters; ++i) {
-      if constexpr (Kind == QuantizedKind::int8) table[i] = scale;
-      if constexpr (Kind == QuantizedKind::int4)
-        table[i] = (load(kInt4 + i * kLanes) - broadcast(float(m.zero[at]))) * scale;
-      if constexpr (Kind == QuantizedKind::nf4) table[i] = load(kNf4 + i * kLanes) * scale;
-    }
-  }
-  // Columns [column, column + kQuantizedStep) of a row of `n`. Past it int8 gives zeros, and 4 bits what they are.
+  GK_INLINE void begin_group(int64_t column) { table_of<Kind>(m, group + (column >> m.group_bits), table); }
   GK_INLINE void load_step(int64_t column, int64_t n, VecF (&x)[kRegisters]) const {
-    VecI q[kRegisters];
-    if constexpr (Kind == QuantizedKind::int8) {
-      const int8_t* from = reinterpret_cast<const int8_t*>(data) + column;
-      if (__builtin_expect(column + kQuantizedStep <= n, 1)) {
-        widen_bytes(from, q);
-      } else {
-        int8_t padded[kQuantizedStep] = {};
-        __builtin_memcpy(padded, from, n - column);
-        widen_bytes(padded, q);
-      }
-      GK_UNROLL for (int i = 0; i < kRegisters; ++i) x[i] = __builtin_convertvector(q[i], VecF) * table[i];
-    } else {
-      widen_bytes(data + column / 32 * 16, q);
-      const int shift = int(column / 16 % 2) * 4;
-      GK_UNROLL for (int i = 0; i < kRegisters; ++i) x[i] = look_up(table, q[i] >> shift);
-    }
+    GENAI_KERNELS_ISA_NAME::load_step<Kind>(data, table, column, n, x);
+  }
+  GK_INLINE void load_pair(int64_t column, int64_t n, VecF (&x)[2][kRegisters]) const {
+    GENAI_KERNELS_ISA_NAME::load_pair<Kind>(data, table, column, n, x);
   }
 };
 
@@ -138,6 +171,10 @@ struct QuantizedRow<Kind, double> {
       }
     }
     __builtin_memcpy(x, elements, sizeof x);
+  }
+  void load_pair(int64_t column, int64_t n, VecD (&x)[2][kRegisters]) const {
+    load_step(column, n, x[0]);
+    load_step(column + kQuantizedStep, n, x[1]);
   }
 };
 
@@ -175,11 +212,7 @@ void pack_quantized_rows(const QuantizedMatrix& m, int64_t begin, int64_t end, i
       const int64_t next = ((group >> m.group_bits) + 1) << m.group_bits, stop = min_of(next, depth);
       for (int64_t column = group; column < stop; column += 2 * kQuantizedStep) {
         Vec<C> x[2][Row::kRegisters];
-        row.load_step(column, depth, x[0]);
-        if (Kind != QuantizedKind::int8 || column + kQuantizedStep < depth)
-          row.load_step(column + kQuantizedStep, depth, x[1]);
-        else
-          GK_UNROLL for (int i = 0; i < Row::kRegisters; ++i) x[1][i] = Vec<C>{};
+        row.load_pair(column, depth, x);
         typename P::Word* words = to + (column - k) / P::kPerWord;
         if constexpr (P::kPerWord == 1) {
           GK_UNROLL for (int h = 0; h < 2; ++h) GK_UNROLL for (int i = 0; i < Row::kRegisters; ++i)
