@@ -143,8 +143,8 @@ GK_INLINE bool all_finite(const float* x, int64_t n) {
 // products = P V of a block's rows. True if all are finite, and V with them: what is not finite makes a product that is
 // not, even times 0.
 template <class P, class Values>
-GK_INLINE bool multiply_values(const PagedAttentionParams& p, const PagedScratch<P>& scratch, int64_t count,
-                               int64_t words, int64_t words_at_a_time, const Values& values) {
+[[gnu::noinline]] bool multiply_values(const PagedAttentionParams& p, const PagedScratch<P>& scratch, int64_t count,
+                                       int64_t words, int64_t words_at_a_time, const Values& values) {
   const int64_t stride = scratch.value_stride;
   for (int64_t i = 0; i < count * stride; ++i) scratch.products[i] = 0;
   for (int64_t w = 0; w < words; w += words_at_a_time) {
@@ -157,6 +157,27 @@ GK_INLINE bool multiply_values(const PagedAttentionParams& p, const PagedScratch
   return all_finite(scratch.products, count * stride);
 }
 
+// The scores of a block's rows, from packed keys and from rows of K. Compiled once, not for each kind of exponential.
+template <class P>
+[[gnu::noinline]] void scores_of_packed(const PagedScratch<P>& scratch, const typename P::Word* q,
+                                        const typename P::Word* k_t, int64_t count, int64_t keys) {
+  for (int64_t i = 0; i < keys; i += kPackedKeys)
+    for_row_blocks(count, [&](int64_t r, auto size) GK_LAMBDA_INLINE {
+      scores_of_tile<P, decltype(size)::value>(q + r * scratch.q_stride, scratch.q_stride, k_t + i * scratch.q_words,
+                                               scratch.q_words, scratch.s + r * kStepKeys + i);
+    });
+}
+template <class P, class T>
+[[gnu::noinline]] void scores_in_place(const PagedAttentionParams& p, const PagedScratch<P>& scratch,
+                                       const typename P::Word* q, const char* const* k, int64_t count, int64_t keys) {
+  const Ahead ahead(p.head_dim * int64_t(sizeof(T)));
+  for (int64_t i = 0; i < keys; i += kLanes)
+    for_row_blocks(count, [&](int64_t r, auto size) GK_LAMBDA_INLINE {
+      scores_of_rows<P, T, decltype(size)::value>(q + r * scratch.q_stride, scratch.q_stride, k + i, p.head_dim, ahead,
+                                                  r == 0, scratch.s + r * kStepKeys + i);
+    });
+}
+
 // One step for the rows of a block. `packed`: K and V are in the scratch; else they are read where they lie.
 template <class P, class T, Exponential Kind>
 void attend(const PagedAttentionParams& p, PagedScratch<P>& scratch, const StepRows& step, int64_t block, int64_t count,
@@ -166,23 +187,10 @@ void attend(const PagedAttentionParams& p, PagedScratch<P>& scratch, const StepR
   if (!seen.keys) return;
   const int64_t begin = seen.begin, first = begin - key;
   const typename P::Word* q = scratch.q + block * scratch.q_stride;
-  if (packed) {
-    for (int64_t i = 0; i < seen.keys; i += kPackedKeys)
-      for_row_blocks(count, [&](int64_t r, auto size) GK_LAMBDA_INLINE {
-        scores_of_tile<P, decltype(size)::value>(q + r * scratch.q_stride, scratch.q_stride,
-                                                 scratch.k_t + (first + i) * scratch.q_words, scratch.q_words,
-                                                 scratch.s + r * kStepKeys + i);
-      });
-  } else {
-    const Ahead ahead(p.head_dim * int64_t(sizeof(T)));
-    for (int64_t i = 0; i < seen.keys; i += kLanes) {
-      const char* const* k = step.k() + first + i;
-      for_row_blocks(count, [&](int64_t r, auto size) GK_LAMBDA_INLINE {
-        scores_of_rows<P, T, decltype(size)::value>(q + r * scratch.q_stride, scratch.q_stride, k, p.head_dim, ahead,
-                                                    r == 0, scratch.s + r * kStepKeys + i);
-      });
-    }
-  }
+  if (packed)
+    scores_of_packed<P>(scratch, q, scratch.k_t + first * scratch.q_words, count, seen.keys);
+  else
+    scores_in_place<P, T>(p, scratch, q, step.k() + first, count, seen.keys);
   float alpha[kBlockRows];
   for (int64_t r = 0; r < count; ++r)
     alpha[r] = finish_probabilities<P, Kind>(p, rows[r], seen, step.k_scale + first, step.v_scale + first,
