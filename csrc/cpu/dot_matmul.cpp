@@ -66,7 +66,8 @@ GK_INLINE void add_first(C* c, Vec<C> sums, bool first) {
 
 // sum += what the adapters of a row of C add to columns [column, column + kDotColumns).
 template <class C>
-void add_adapters(const DotMatmulParams& p, int64_t row, int64_t column, Vec<C> (*sum)[kDotRegisters]) {
+[[gnu::nothrow]] void add_adapters(const DotMatmulParams& p, int64_t row, int64_t column,
+                                   Vec<C> (*sum)[kDotRegisters]) {
   for (int64_t i = p.adapters_begin[row]; i < p.adapters_begin[row + 1]; ++i) {
     const AdapterB& b = *p.adapters[i].b;
     const C* s = static_cast<const C*>(p.adapters[i].s);
@@ -171,8 +172,9 @@ GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t colu
 }
 
 template <class P, class B, class Lines>
-void multiply_group(const DotMatmulParams& p, int64_t row, int64_t rows, int64_t column, const typename P::Word* a,
-                    const B& b, int64_t depth, typename P::Compute* c, bool first, Lines lines) {
+[[gnu::nothrow]] void multiply_group(const DotMatmulParams& p, int64_t row, int64_t rows, int64_t column,
+                                     const typename P::Word* a, const B& b, int64_t depth, typename P::Compute* c,
+                                     bool first, Lines lines) {
   int64_t r = 0;
   const auto run = [&](auto size) GK_LAMBDA_INLINE {
     constexpr int kRows = decltype(size)::value;
@@ -187,7 +189,8 @@ void multiply_group(const DotMatmulParams& p, int64_t row, int64_t rows, int64_t
 }
 
 template <class P, class A, class B>
-void multiply_item(const DotMatmulParams& p, const MatmulItem& item, const DotScratch<typename P::Compute>& scratch) {
+[[gnu::nothrow]] void multiply_item(const DotMatmulParams& p, const MatmulItem& item,
+                                    const DotScratch<typename P::Compute>& scratch) {
   using C = typename P::Compute;
   using Word = typename P::Word;
   const int64_t rows = item.row_end - item.row_begin;

@@ -5,9 +5,12 @@
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
 namespace {
 
+// nothrow, here and in dot_matmul.cpp: a call that might throw makes GCC 12 keep a landing pad now and then, and with it a
+// weak symbol, which no kernel may define.
+//
 // x[0, count) = columns [column, column + count) of a row, of which dropout keeps some.
 template <class C>
-void drop(const Dropout& dropout, int64_t row, int64_t column, C* x, int64_t count) {
+[[gnu::nothrow]] void drop(const Dropout& dropout, int64_t row, int64_t column, C* x, int64_t count) {
   constexpr int kWord = 16, kBlock = 4 * kWord;
   const C scale = C(dropout.scale);
   for (int64_t block = column / kBlock * kBlock; block < column + count; block += kBlock) {
@@ -64,8 +67,8 @@ constexpr int kRowsAhead = 8;
 // to[row][stride words] = rows [begin, end) of A, elements [k, depth) of them; zeros up to a whole register. Those up to
 // `rows` come next.
 template <class P, class T>
-void pack_rows(const MatmulOperand& a, int64_t begin, int64_t end, int64_t rows, int64_t k, int64_t depth,
-               typename P::Word* to, int64_t stride) {
+[[gnu::nothrow]] void pack_rows(const MatmulOperand& a, int64_t begin, int64_t end, int64_t rows, int64_t k,
+                                int64_t depth, typename P::Word* to, int64_t stride) {
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>;
   if constexpr (is_same<T, QuantizedElement>) {
@@ -153,8 +156,8 @@ struct PanelLines<QuantizedElement> {
 // to[word][stride lanes] = columns [begin, end) of B, elements [k, depth) of them; zeros in the lanes past `end`, up to a
 // whole register.
 template <class P, class T>
-void pack_lanes(const MatmulOperand& b, int64_t begin, int64_t end, int64_t k, int64_t depth, typename P::Word* to,
-                int64_t stride) {
+[[gnu::nothrow]] void pack_lanes(const MatmulOperand& b, int64_t begin, int64_t end, int64_t k, int64_t depth,
+                                 typename P::Word* to, int64_t stride) {
   using C = typename P::Compute;
   constexpr int kStep = kLanesOf<C>;
   if constexpr (is_same<T, QuantizedElement>) {
