@@ -12,11 +12,15 @@ template <class V>
 GK_INLINE V absolute(V x) {
   return x < V{} ? -x : x;
 }
+template <>
+GK_INLINE VecF absolute(VecF x) {
+  return bit_cast<VecF>(bit_cast<VecI>(x) & 0x7fffffff);
+}
 
 // T(a) = fraction * 2^exponent for 0 <= a, and the density S'(a).
 struct Tail {
   VecF fraction;
-  VecI exponent;
+  Exponent exponent;
   VecF density;
 };
 struct TailD {
@@ -26,7 +30,7 @@ struct TailD {
 // T of the logistic function at u >= 0: e^-u / (1 + e^-u).
 GK_INLINE Tail logistic_tail(VecF u) {
   const ExpParts e = exp_parts(-u);
-  const VecF fraction = e.fraction / (broadcast(1.0f) + times_power(e.fraction, e.exponent));
+  const VecF fraction = e.fraction * reciprocal(broadcast(1.0f) + times_power(e.fraction, e.exponent));
   const VecF tail = times_power(fraction, e.exponent);
   return {fraction, e.exponent, tail - tail * tail};
 }
@@ -82,7 +86,7 @@ struct GeluErf {
     q = fma(q, square, broadcast(-0x1.105796p-4f));
     q = fma(q, square, broadcast(0x1.988450p-2f));
     const VecI central = a < broadcast(1.25f);
-    return {central ? fma(-a, q, broadcast(0.5f)) : fraction * (h * t), central ? VecI{} : e.exponent,
+    return {central ? fma(-a, q, broadcast(0.5f)) : fraction * (h * t), central ? Exponent{} : e.exponent,
             times_power(fraction, e.exponent) * 0.3989422804f};
   }
   GK_INLINE static TailD tail(VecD a) {

@@ -8,11 +8,13 @@
 #include "cpu/region_headers.h"
 
 #define GENAI_KERNELS_ISA_FILE "cpu/dot_matmul.cpp"
+#define GENAI_KERNELS_ISA_DOT_BF16
 #include "cpu/foreach_isa.h"
 
 #ifdef GENAI_KERNELS_ISA_NAME
 #include "cpu/vec.h"
 #include "cpu/exp.h"
+#include "cpu/activations.h"
 #include "cpu/tile_gemm.h"
 #include "cpu/transpose.h"
 #include "cpu/attention_pack.h"
@@ -30,19 +32,26 @@ constexpr int64_t kFewRows = 8;
 constexpr int kLinesAhead = 16;
 // A row of few bits is short: the L1 has not enough lines under way for the next six, but the L2 has for those after.
 constexpr int kQuantizedAhead = 2;
+// The baseline has one way: B is packed unless it is made of words. Its conversions, unrolled in every product, would be
+// half of this file.
+constexpr bool kManyWays = GENAI_KERNELS_ISA_LANES > 4;
 
 template <class C>
 struct DotScratch {
-  C *c, *a, *b, *bias, *row;  // c [groups of columns][rows][columns of a group]: the sums of a tile lie side by side
+  int64_t stride;  // of a part: whole groups of columns, and whole registers
+  C *c, *a, *b;    // c [parts][groups of columns][rows][columns of a group]: the sums of a tile lie side by side
+  C *bias, *column_scale, *row;  // [parts][stride]
   char* end;
 
-  DotScratch(int64_t rows, int64_t columns, void* memory) {
+  DotScratch(int parts, int64_t rows, int64_t columns, void* memory)
+      : stride(round_up(columns, kDotColumns * kLanesOf<C>)) {
     Arena arena(memory);
-    c = arena.take<C>(rows * round_up(columns, kDotColumns));
+    c = arena.take<C>(parts * rows * stride);
     a = arena.take<C>(round_up(rows, kDotRows) * kDotStride);
     b = arena.take<C>(kDotColumns * kDotStride);
-    bias = arena.take<C>(round_up(columns, kDotColumns) + 16);
-    row = arena.take<C>(round_up(columns, kDotColumns) + 16);
+    bias = arena.take<C>(parts * stride);
+    column_scale = arena.take<C>(parts * stride);
+    row = arena.take<C>(parts * stride);
     end = arena.end();
   }
 };
@@ -102,11 +111,12 @@ struct SharedAdapter {
   int64_t stride = 0;
 };
 template <class C, int Rows>
-GK_INLINE SharedAdapter<C> shared_adapter(const DotMatmulParams& p, int64_t row, int64_t column) {
+GK_INLINE SharedAdapter<C> shared_adapter(const DotMatmulParams& p, int64_t row, int64_t column, int64_t end) {
   const int64_t* begin = p.adapters_begin + row;
   const RowAdapter* first = p.adapters + begin[0];
-  if (begin[1] - begin[0] != 1 || first->b->depth != 1 || column < first->b->column_begin ||
-      min_of(p.columns, column + kDotColumns) > first->b->column_end)
+  if constexpr (!kManyWays && is_same<C, float>)
+    if (begin[1] - begin[0] != 1 || first->b->dtype != Dtype::f32) return {};
+  if (begin[1] - begin[0] != 1 || first->b->depth != 1 || column < first->b->column_begin || end > first->b->column_end)
     return {};
   const C* s = static_cast<const C*>(first->s);
   const int64_t stride = Rows > 1 && begin[2] - begin[1] == 1 ? static_cast<const C*>(first[1].s) - s : 0;
@@ -116,17 +126,23 @@ GK_INLINE SharedAdapter<C> shared_adapter(const DotMatmulParams& p, int64_t row,
   return {first->b, s, stride};
 }
 
-// C[rows][columns of one group] += or = A B' over one piece. `row` and `column`: where that is in C if the adapters of
-// its rows come now, else negative.
+// Columns of C, at most kDotColumns, to which the adapters of a row come now; or none, at -1.
+struct AdapterColumns {
+  int64_t begin, end;
+};
+
+// C[rows][columns of one group] += or = A B' over one piece. `row` is where that is in C.
 template <class P, int Rows, class B>
-GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t column, const typename P::Word* a,
+GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, AdapterColumns columns, const typename P::Word* a,
                              const B& b, int64_t depth, typename P::Compute* c, bool first) {
   using C = typename P::Compute;
   constexpr int kCount = Rows * kDotColumns, kLanesC = kLanesOf<C>;
   Vec<C> sum[kCount][kDotRegisters] = {};
   dot_tile<P, Rows, kDotColumns>(a, kDotStride, b, depth, sum);
-  if (const auto shared = column >= 0 ? shared_adapter<C, Rows>(p, row, column) : SharedAdapter<C>{}; shared.b) {
-    const int64_t last = min_of(p.columns, column + kDotColumns) - 1;
+  const int64_t column = columns.begin;
+  if (const auto shared = column >= 0 ? shared_adapter<C, Rows>(p, row, column, columns.end) : SharedAdapter<C>{};
+      shared.b) {
+    const int64_t last = columns.end - 1;
     const auto add = [&](auto type) GK_LAMBDA_INLINE {
       using Stored = typename decltype(type)::type;
       const Stored* rows[kDotColumns];
@@ -135,8 +151,8 @@ GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t colu
                   (min_of(column + j, last) - shared.b->column_begin) * shared.b->outer;
       dot_tile<Fma<C>, Rows, kDotColumns>(shared.s, shared.stride, rows, shared.b->rank, sum);
     };
-    if constexpr (sizeof(C) == 8)
-      add(TypeTag<double>{});
+    if constexpr (!kManyWays || sizeof(C) == 8)
+      add(TypeTag<C>{});
     else if (shared.b->dtype == Dtype::f32)
       add(TypeTag<float>{});
     else if (shared.b->dtype == Dtype::bf16)
@@ -171,16 +187,16 @@ GK_INLINE void multiply_rows(const DotMatmulParams& p, int64_t row, int64_t colu
   if constexpr (kWhole < kCount) add(IntTag<kWhole>{}, IntTag<kCount - kWhole>{});
 }
 
-template <class P, class B, class Lines>
-[[gnu::nothrow]] void multiply_group(const DotMatmulParams& p, int64_t row, int64_t rows, int64_t column,
+template <class P, class B>
+[[gnu::nothrow]] void multiply_group(const DotMatmulParams& p, int64_t row, int64_t rows, AdapterColumns columns,
                                      const typename P::Word* a, const B& b, int64_t depth, typename P::Compute* c,
-                                     bool first, Lines lines) {
+                                     bool first, PanelLines lines) {
   int64_t r = 0;
   const auto run = [&](auto size) GK_LAMBDA_INLINE {
     constexpr int kRows = decltype(size)::value;
     for (; r + kRows <= rows; r += kRows) {
       if (rows > kFewRows) lines.ask(r + kRows, rows);  // the hardware sees what a few rows will want
-      multiply_rows<P, kRows>(p, row + r, column, a + r * kDotStride, b, depth, c + r * kDotColumns, first);
+      multiply_rows<P, kRows>(p, row + r, columns, a + r * kDotStride, b, depth, c + r * kDotColumns, first);
     }
   };
   if constexpr (kDotRows == 4) run(IntTag<4>{});
@@ -188,27 +204,66 @@ template <class P, class B, class Lines>
   run(IntTag<1>{});
 }
 
-template <class P, class A, class B>
+template <class P>
 [[gnu::nothrow]] void multiply_item(const DotMatmulParams& p, const MatmulItem& item,
                                     const DotScratch<typename P::Compute>& scratch) {
   using C = typename P::Compute;
   using Word = typename P::Word;
-  const int64_t rows = item.row_end - item.row_begin;
+  const int64_t rows = item.row_end - item.row_begin, width = item.column_end - item.column_begin;
+  const int64_t groups = (width + kDotColumns - 1) / kDotColumns;  // of a part
+  // the rows of B of a group
+  const auto begin_of = [&](int64_t group) GK_LAMBDA_INLINE {
+    return group / groups * p.columns + item.column_begin + group % groups * kDotColumns;
+  };
+  const auto end_of = [&](int64_t group) GK_LAMBDA_INLINE {
+    return min_of(begin_of(group) + kDotColumns, group / groups * p.columns + item.column_end);
+  };
   Word *a = reinterpret_cast<Word*>(scratch.a), *packed = reinterpret_cast<Word*>(scratch.b);
+  const PackRows<P> pack_a = row_packer<P>(p.a), pack_b = row_packer<P>(p.b);
+  const bool is_words = P::kPerWord == 1 && (is_same<C, double> || p.b.dtype == Dtype::f32);
+  const bool as_it_lies = p.b.quantized ? kManyWays && is_same<C, float> && rows <= kDotRows  // unpacked once
+                                        : p.b.depth == 1 && ((kManyWays && rows <= kFewRows) || is_words);
   for (int64_t k = 0; k == 0 || k < p.depth; k += kDotDepth) {  // also where the sum is empty
     const int64_t until = min_of(p.depth, k + kDotDepth), depth = until - k;
-    pack_rows<P, A>(p.a, item.row_begin, item.row_end, item.row_end, k, until, a, kDotStride);
-    for (int64_t j = item.column_begin; j < item.column_end; j += kDotColumns) {
-      const int64_t stop = min_of<int64_t>(item.column_end, j + kDotColumns);
-      C* c = scratch.c + (j - item.column_begin) * rows;
-      const int64_t column = until == p.depth && p.adapters_begin ? j : -1;
+    pack_a(p.a, item.row_begin, item.row_end, item.row_end, k, until, a, kDotStride);
+    for (int64_t group = 0; group < p.parts * groups; ++group) {
+      const int64_t j = begin_of(group), stop = end_of(group);
+      C* c = scratch.c + (group / groups * scratch.stride + group % groups * kDotColumns) * rows;
+      const AdapterColumns columns{until == p.depth && p.adapters_begin ? j : -1, stop};
       // what comes next, asked for meanwhile
-      const bool last = stop == item.column_end;
-      const int64_t next_j = last ? item.column_begin : stop, next_k = last ? until : k;
-      const PanelLines<B> lines(p.b, next_j, min_of<int64_t>(item.column_end, next_j + kDotColumns), next_k,
-                                min_of(p.depth, next_k + kDotDepth));
-      if constexpr (is_same<B, QuantizedElement> && is_same<C, float>) {
-        if (rows <= kDotRows) {  // unpacked once
+      const bool last = group + 1 == p.parts * groups;
+      const int64_t next = last ? 0 : group + 1, next_k = last ? until : k;
+      const PanelLines lines(p.b, begin_of(next), end_of(next), next_k, min_of(p.depth, next_k + kDotDepth));
+      const auto multiply = [&](const auto& b, int64_t elements) GK_LAMBDA_INLINE {
+        multiply_group<P>(p, item.row_begin, rows, columns, a, b, elements, c, k == 0, lines);
+      };
+      if (!as_it_lies) {
+        pack_b(p.b, j, stop, p.parts * p.columns, k, until, packed, kDotStride);
+        const auto multiply_packed = [&](auto type) {
+          using B = typename decltype(type)::type;
+          const B* b[kDotColumns];
+          for (int i = 0; i < kDotColumns; ++i)
+            b[i] = reinterpret_cast<const B*>(packed + min_of<int64_t>(i, stop - j - 1) * kDotStride);
+          multiply(b, round_up(depth, P::kPerWord));
+        };
+        if constexpr (P::kPerWord == 1)
+          multiply_packed(TypeTag<C>{});
+        else
+          multiply_packed(TypeTag<bf16>{});
+        continue;
+      }
+      with_type<P>(p.b, [&](auto type) {
+        using B = typename decltype(type)::type;
+        if constexpr (is_same<B, typename P::Compute> || (kManyWays && !is_same<B, QuantizedElement>)) {
+          const B *data = static_cast<const B*>(p.b.data), *b[kDotColumns];
+          for (int i = 0; i < kDotColumns; ++i) {
+            b[i] = data + min_of(j + i, stop - 1) * p.b.outer + k;
+            // the hardware goes on where a row begins, but not from one row to the next
+            for (int line = 0; rows <= kFewRows && !last && line < kLinesAhead; ++line)
+              __builtin_prefetch(b[i] + kDotColumns * p.b.outer + line * int64_t(64 / sizeof(B)));
+          }
+          multiply(b, depth);
+        } else if constexpr (kManyWays && is_same<C, float>) {
           const QuantizedMatrix& m = *p.b.quantized;
           const int64_t bytes = bytes_of(m.kind, depth);
           switch_kind(m.kind, [&]<QuantizedKind Kind>() {
@@ -219,110 +274,102 @@ template <class P, class A, class B>
                   m.data + (b.row[i] + kQuantizedAhead * kDotColumns) * m.row_bytes + bytes_of(m.kind, k);
               for (int64_t line = 0; !last && line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
             }
-            multiply_group<P>(p, item.row_begin, rows, column, a, b, depth, c, k == 0, lines);
+            multiply(b, depth);
           });
-          continue;
         }
-      } else if constexpr (!is_same<B, QuantizedElement>) {
-        if ((rows <= kFewRows || is_same<B, typename P::Word>) && p.b.depth == 1) {
-          const B *data = static_cast<const B*>(p.b.data), *b[kDotColumns];
-          for (int i = 0; i < kDotColumns; ++i) {
-            b[i] = data + min_of(j + i, stop - 1) * p.b.outer + k;
-            // the hardware goes on where a row begins, but not from one row to the next
-            for (int line = 0; rows <= kFewRows && !last && line < kLinesAhead; ++line)
-              __builtin_prefetch(b[i] + kDotColumns * p.b.outer + line * int64_t(64 / sizeof(B)));
-          }
-          multiply_group<P>(p, item.row_begin, rows, column, a, b, depth, c, k == 0, lines);
-          continue;
-        }
-      }
-      pack_rows<P, B>(p.b, j, stop, p.columns, k, until, packed, kDotStride);
-      const int64_t words = (depth + P::kPerWord - 1) / P::kPerWord;
-      if constexpr (P::kPerWord == 1) {
-        const C* b[kDotColumns];
-        for (int i = 0; i < kDotColumns; ++i) b[i] = packed + min_of<int64_t>(i, stop - j - 1) * kDotStride;
-        multiply_group<P>(p, item.row_begin, rows, column, a, b, words, c, k == 0, lines);
-      } else {
-        const bf16* b[kDotColumns];
-        for (int i = 0; i < kDotColumns; ++i)
-          b[i] = reinterpret_cast<const bf16*>(packed + min_of<int64_t>(i, stop - j - 1) * kDotStride);
-        multiply_group<P>(p, item.row_begin, rows, column, a, b, 2 * words, c, k == 0, lines);
-      }
+      });
     }
   }
 }
 
-// f(product, type of A, type of B)
-template <class F>
-GK_INLINE void with_types(const MatmulOperand& a, const MatmulOperand& b, F&& f) {
-  if (b.quantized) {
-#if GENAI_KERNELS_ISA_BF16
-    if (a.dtype == Dtype::bf16 && !a.dropout)
-      return f(TypeTag<DotBf16>{}, TypeTag<bf16>{}, TypeTag<QuantizedElement>{});
-#endif
-    return switch_dtype(a.dtype, [&](auto type) {
-      using A = typename decltype(type)::type;
-      f(TypeTag<Fma<Compute<A>>>{}, TypeTag<A>{}, TypeTag<QuantizedElement>{});
-    });
+// gate[0, n) = gate(gate) * other.
+template <class C>
+[[gnu::noinline]] void apply_gate(Gate kind, C* gate, const C* other, int64_t n) {
+  const auto run = [&](auto type) {
+    for (int64_t j = 0; j < n; j += kLanesOf<C>)
+      store(gate + j, gate_value<typename decltype(type)::type>(load(gate + j)) * load(other + j));
+  };
+  switch (kind) {
+    case Gate::silu:
+      return run(TypeTag<Silu>{});
+    case Gate::gelu:
+      return run(TypeTag<GeluErf>{});
+    case Gate::gelu_tanh:
+      return run(TypeTag<GeluTanh>{});
   }
-  if (a.dtype == Dtype::f64) return f(TypeTag<Fma<double>>{}, TypeTag<double>{}, TypeTag<double>{});
-#if GENAI_KERNELS_ISA_BF16
-  if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16 && !a.dropout)
-    return f(TypeTag<DotBf16>{}, TypeTag<bf16>{}, TypeTag<bf16>{});
-#endif
-  switch_dtype(a.dtype, [&](auto type) {
-    using A = typename decltype(type)::type;
-    if constexpr (sizeof(A) < 8)
-      switch_dtype(b.dtype, [&](auto other) {
-        using B = typename decltype(other)::type;
-        if constexpr (sizeof(B) < 8) f(TypeTag<Fma<float>>{}, TypeTag<A>{}, TypeTag<B>{});
-      });
+}
+
+// A part of a row of `inner`.
+template <class C>
+[[gnu::noinline]] void keep_row(const DotMatmulParams& p, int64_t row, int64_t column, const C* from, int64_t n) {
+  const int64_t at = row * p.parts * p.columns + column;
+  switch_dtype(p.inner_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (is_same<Compute<T>, C>) put_row(from, n, static_cast<T*>(p.inner) + at);
   });
 }
 
 template <class C, class T>
-void write_rows(const DotMatmulParams& p, const MatmulItem& item, const DotScratch<C>& scratch, const C* bias) {
+void write_rows(const DotMatmulParams& p, const MatmulItem& item, const DotScratch<C>& scratch) {
   const int64_t rows = item.row_end - item.row_begin, columns = item.column_end - item.column_begin;
   const Vec<C> scale = broadcast(C(p.scale));
   for (int64_t r = item.row_begin; r < item.row_end; ++r) {
-    const C* c = scratch.c + (r - item.row_begin) * kDotColumns;
-    for (int64_t j = 0; j < columns; j += kDotColumns, c += rows * kDotColumns)
-      for (int i = 0; i < kDotColumns; ++i) scratch.row[j + i] = c[i];
-    T* to = static_cast<T*>(p.out) + r * p.out_row + item.column_begin;
-    for (int64_t j = 0; j < columns; j += kLanesOf<C>) {
-      Vec<C> x = load(scratch.row + j);
-      if (p.scale != 1) x = x * scale;
-      if (bias) x = x + load(bias + j);
-      if (j + kLanesOf<C> <= columns)
-        store(to + j, x);
-      else
-        store_first(to + j, x, columns - j);
+    for (int part = 0; part < p.parts; ++part) {
+      C* row = scratch.row + part * scratch.stride;
+      const C* c = scratch.c + (r - item.row_begin + part * scratch.stride / kDotColumns * rows) * kDotColumns;
+      for (int64_t j = 0; j < columns; j += kDotColumns, c += rows * kDotColumns)
+        for (int i = 0; i < kDotColumns; ++i) row[j + i] = c[i];
+      if (p.scale != 1)
+        for (int64_t j = 0; j < columns; j += kLanesOf<C>) store(row + j, load(row + j) * scale);
+      if (p.column_scale.data) {
+        if (p.inner) keep_row(p, r, part * p.columns + item.column_begin, row, columns);
+        const C* factor = scratch.column_scale + part * scratch.stride;
+        for (int64_t j = 0; j < columns; j += kLanesOf<C>) store(row + j, load(row + j) * load(factor + j));
+      }
+      if (p.bias.data) {
+        const C* bias = scratch.bias + part * scratch.stride;
+        for (int64_t j = 0; j < columns; j += kLanesOf<C>) store(row + j, load(row + j) + load(bias + j));
+      }
     }
+    C* row = scratch.row;
+    if (p.parts == 2) {
+      row += p.gate_part * scratch.stride;
+      const C* other = scratch.row + (1 - p.gate_part) * scratch.stride;
+      if (p.inner) {
+        keep_row(p, r, item.column_begin, row, columns);
+        keep_row(p, r, p.columns + item.column_begin, other, columns);
+      }
+      apply_gate(p.gate, row, other, columns);
+    }
+    put_row(row, columns, static_cast<T*>(p.out) + r * p.out_row + item.column_begin);
   }
 }
 
+// to[part][column of the item] = what an operand has for it.
 template <class C>
-void run_item(const DotMatmulParams& p, const MatmulItem& item, void* memory) {
-  const int64_t rows = item.row_end - item.row_begin, columns = item.column_end - item.column_begin;
-  const DotScratch<C> scratch(rows, columns, memory);
-  with_types(p.a, p.b, [&](auto product, auto a, auto b) {
-    using P = typename decltype(product)::type;
-    if constexpr (is_same<typename P::Compute, C>)
-      multiply_item<P, typename decltype(a)::type, typename decltype(b)::type>(p, item, scratch);
+void stage_columns(const DotMatmulParams& p, const MatmulItem& item, const MatmulOperand& m, C* to, int64_t stride) {
+  if (!m.data) return;
+  switch_dtype(m.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (is_same<Compute<T>, C>)
+      for (int part = 0; part < p.parts; ++part)
+        for (int64_t j = item.column_begin; j < item.column_end; ++j)
+          to[part * stride + j - item.column_begin] =
+              to_compute(static_cast<const T*>(m.data)[(part * p.columns + j) * m.outer]);
   });
-  C* bias = nullptr;
-  if (p.bias.data) {
-    bias = scratch.bias;
-    switch_dtype(p.bias.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      if constexpr (is_same<Compute<T>, C>)
-        for (int64_t j = 0; j < columns; ++j)
-          bias[j] = to_compute(static_cast<const T*>(p.bias.data)[(item.column_begin + j) * p.bias.outer]);
-    });
-  }
+}
+
+template <class P>
+void run_item(const DotMatmulParams& p, const MatmulItem& item, void* memory) {
+  using C = typename P::Compute;
+  const int64_t rows = item.row_end - item.row_begin, columns = item.column_end - item.column_begin;
+  const DotScratch<C> scratch(p.parts, rows, columns, memory);
+  multiply_item<P>(p, item, scratch);
+  stage_columns(p, item, p.bias, scratch.bias, scratch.stride);
+  stage_columns(p, item, p.column_scale, scratch.column_scale, scratch.stride);
   switch_dtype(p.out_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if constexpr (is_same<Compute<T>, C>) write_rows<C, T>(p, item, scratch, bias);
+    if constexpr (is_same<Compute<T>, C>) write_rows<C, T>(p, item, scratch);
   });
 }
 
@@ -330,15 +377,23 @@ void run_item(const DotMatmulParams& p, const MatmulItem& item, void* memory) {
 
 int64_t dot_matmul_scratch(const DotMatmulParams& p, int64_t rows, int64_t columns) {
   const bool wide = p.a.dtype == Dtype::f64;
-  return (wide ? DotScratch<double>(rows, columns, nullptr).end : DotScratch<float>(rows, columns, nullptr).end) -
+  return (wide ? DotScratch<double>(p.parts, rows, columns, nullptr).end
+               : DotScratch<float>(p.parts, rows, columns, nullptr).end) -
          static_cast<char*>(nullptr);
 }
 
 void dot_matmul_kernel(const DotMatmulParams& p, const MatmulItem& item, void* scratch) {
-  if (p.a.dtype == Dtype::f64)
-    run_item<double>(p, item, scratch);
+#if GENAI_KERNELS_ISA_BF16
+  if (multiplies_pairs(p.a, p.b))
+    run_item<DotBf16>(p, item, scratch);
   else
-    run_item<float>(p, item, scratch);
+    avx512::dot_matmul_kernel(p, item, scratch);
+#else
+  if (p.a.dtype == Dtype::f64)
+    run_item<Fma<double> >(p, item, scratch);
+  else
+    run_item<Fma<float> >(p, item, scratch);
+#endif
 }
 
 }  // namespace genai_kernels::GENAI_KERNELS_ISA_NAME

@@ -77,11 +77,16 @@ GK_INLINE VecD exp_nonpositive(VecD x) {
   return y;
 }
 
-// y * 2^n, rounded once, -252 <= n <= 254. On AVX-512 one instruction; elsewhere in two factors, of which the first is
-// exact: neither 2^128 nor a denormal power is a float.
-GK_INLINE VecF times_power(VecF y, VecI n) {
+// y * 2^n, rounded once, -252 <= n <= 254. On AVX-512 one instruction, which takes n as a float; elsewhere in two
+// factors, of which the first is exact: neither 2^128 nor a denormal power is a float.
 #if GENAI_KERNELS_ISA_LANES == 16
-  return (VecF)_mm512_scalef_ps((__m512)y, _mm512_cvtepi32_ps((__m512i)n));
+using Exponent = VecF;
+#else
+using Exponent = VecI;
+#endif
+GK_INLINE VecF times_power(VecF y, Exponent n) {
+#if GENAI_KERNELS_ISA_LANES == 16
+  return (VecF)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
   const VecI half = n >> 1;
   return y * bit_cast<VecF>((half + 127) << 23) * bit_cast<VecF>((n - half + 127) << 23);
@@ -92,7 +97,7 @@ GK_INLINE VecF times_power(VecF y, VecI n) {
 // pieces of ln2 (the first has 15 bits, so that n times it is exact), e^r by a minimax polynomial of degree 6.
 struct ExpParts {
   VecF fraction;
-  VecI exponent;
+  Exponent exponent;
 };
 GK_INLINE ExpParts exp_parts(VecF x) {
   const VecF shifter = broadcast(0x1.8p23f);
@@ -106,7 +111,11 @@ GK_INLINE ExpParts exp_parts(VecF x) {
   p = fma(p, r, broadcast(0x1.555418p-3f));
   p = fma(p, r, broadcast(0x1.fffffcp-2f));
   p = fma(p * r, r, r);
+#if GENAI_KERNELS_ISA_LANES == 16
+  return {p + broadcast(1.0f), n};
+#else
   return {p + broadcast(1.0f), bit_cast<VecI>(shifted) - 0x4b400000};
+#endif
 }
 
 // e^x, at most 2 ULP, denormal results included: exactly 1 at 0, infinity above 88.7228, NaN stays NaN.

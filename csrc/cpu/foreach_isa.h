@@ -3,6 +3,7 @@
 //
 //   #include "my_op.h"                                    // (1) every other header the file needs, BEFORE the region
 //   #define GENAI_KERNELS_ISA_FILE "ops/my_op/my_op_cpu.cpp"
+//   #define GENAI_KERNELS_ISA_DOT_BF16                    //     only if the kernel has products of bf16 pairs
 //   #include "cpu/foreach_isa.h"                          // (2) re-includes this very file, once per instruction set
 //   #ifdef GENAI_KERNELS_ISA_NAME                         // (3) the kernel, written once, seen once per set
 //   #include "cpu/vec.h"                                  //     (the per-set headers of csrc/cpu belong in here)
@@ -12,6 +13,9 @@
 //   #endif
 //
 // -DGENAI_KERNELS_BASELINE_ONLY compiles the baseline alone, for tools that build a kernel many times (tests/mutants.py).
+//
+// avx512_bf16 is a set of its own only in files with GENAI_KERNELS_ISA_DOT_BF16; in the others its kernels are avx512's:
+// what it adds to those, a shorter rounding to bf16, is not worth a third of their compilation.
 //
 // In (3): GENAI_KERNELS_ISA_LANES = fp32 lanes of the widest register, GENAI_KERNELS_ISA_BF16 = 1 if dpbf16 exists.
 //
@@ -65,6 +69,7 @@ GENAI_KERNELS_ISA_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #undef GENAI_KERNELS_ISA_BF16
 GENAI_KERNELS_ISA_END
 
+#ifdef GENAI_KERNELS_ISA_DOT_BF16
 GENAI_KERNELS_ISA_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define GENAI_KERNELS_ISA_NAME avx512_bf16
 #define GENAI_KERNELS_ISA_LANES 16
@@ -74,18 +79,25 @@ GENAI_KERNELS_ISA_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512
 #undef GENAI_KERNELS_ISA_LANES
 #undef GENAI_KERNELS_ISA_BF16
 GENAI_KERNELS_ISA_END
+#else
+namespace genai_kernels {
+namespace avx512_bf16 = avx512;
+}
+#endif
 
 #undef GENAI_KERNELS_ISA_TABLE
 #define GENAI_KERNELS_ISA_TABLE(fn) {&baseline::fn, &avx2::fn, &avx512::fn, &avx512_bf16::fn}
 
 #endif  // __x86_64__
 
-// Defines genai_kernels::fn, which calls the kernel of the selected instruction set.
-#define GENAI_KERNELS_ISA_DISPATCH(result, fn, parameters, arguments)                \
+// Defines genai_kernels::fn, which calls the kernel of the selected instruction set, or of the one that `isa` names.
+#define GENAI_KERNELS_ISA_DISPATCH(result, fn, parameters, arguments) \
+  GENAI_KERNELS_ISA_DISPATCH_TO(selected_isa(), result, fn, parameters, arguments)
+#define GENAI_KERNELS_ISA_DISPATCH_TO(isa, result, fn, parameters, arguments)        \
   namespace genai_kernels {                                                          \
   result fn parameters {                                                             \
     static constexpr decltype(&baseline::fn) kTable[] = GENAI_KERNELS_ISA_TABLE(fn); \
-    return kTable[int(selected_isa())] arguments;                                    \
+    return kTable[int(isa)] arguments;                                               \
   }                                                                                  \
   }
 

@@ -85,6 +85,11 @@ const Selection& selection() {
 }  // namespace
 
 Isa selected_isa() { return selection().isa; }
+Isa integer_isa() {
+  static const Isa widest =
+      std::getenv("GENAI_KERNELS_ISA") || !isa_supported(Isa::avx512_bf16) ? selected_isa() : Isa::avx512_bf16;
+  return widest;
+}
 const char* isa_reason() { return selection().reason; }
 
 }  // namespace genai_kernels

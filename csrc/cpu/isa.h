@@ -14,6 +14,10 @@ bool isa_supported(Isa isa);
 // throws std::invalid_argument: silently running something else would make a test of that set pass without running it.
 Isa selected_isa();
 
+// The fastest for products of integers, whose bits are those of every set: the widest this CPU has, or the one named. An
+// Intel CPU whose bf16 products are slow has fast ones of int8 all the same.
+Isa integer_isa();
+
 // Why selected_isa() is what it is, in one sentence.
 const char* isa_reason();
 

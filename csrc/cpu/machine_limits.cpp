@@ -3,6 +3,7 @@
 #include "cpu/region_headers.h"
 
 #define GENAI_KERNELS_ISA_FILE "cpu/machine_limits.cpp"
+#define GENAI_KERNELS_ISA_DOT_BF16
 #include "cpu/foreach_isa.h"
 
 #ifdef GENAI_KERNELS_ISA_NAME

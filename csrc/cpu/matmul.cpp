@@ -10,6 +10,7 @@
 #include "cpu/region_headers.h"
 
 #define GENAI_KERNELS_ISA_FILE "cpu/matmul.cpp"
+#define GENAI_KERNELS_ISA_DOT_BF16
 #include "cpu/foreach_isa.h"
 
 #ifdef GENAI_KERNELS_ISA_NAME
@@ -23,6 +24,9 @@
 
 namespace genai_kernels::GENAI_KERNELS_ISA_NAME {
 namespace {
+
+constexpr int64_t kFewRows = 8;
+constexpr int64_t kRowsAheadOfSums = 8;
 
 template <class C>
 struct MatmulScratch {
@@ -69,7 +73,7 @@ struct Sums {
 
 // One panel of columns. `meanwhile(rows)` is called between the tiles, with the rows that are done.
 template <class P, int Vectors, class Meanwhile>
-void multiply_panel(const typename P::Word* a, int64_t rows, const typename P::Word* b, int64_t words,
+void multiply_panel(const typename P::Word* a, int64_t rows, const typename P::Word* b, int64_t b_stride, int64_t words,
                     const Sums<typename P::Compute>& sums, const Meanwhile& meanwhile) {
   using C = typename P::Compute;
   constexpr int64_t kAStride = MatmulScratch<C>::kAStride;
@@ -78,10 +82,11 @@ void multiply_panel(const typename P::Word* a, int64_t rows, const typename P::W
     constexpr int kRows = decltype(size)::value;
     for (; r + kRows <= rows; r += kRows) {
       meanwhile(r + kRows);
-      GK_UNROLL for (int i = 0; i < kRows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j)
-          __builtin_prefetch(sums.at(r + i) + j * kLanesOf<C>, 1, 3);
+      if (r + kRows + kRowsAheadOfSums <= rows)
+        GK_UNROLL for (int i = 0; i < kRows; ++i) GK_UNROLL for (int j = 0; j < Vectors; ++j)
+            __builtin_prefetch(sums.at(r + i + kRowsAheadOfSums) + j * kLanesOf<C>, 1, 3);
       Vec<C> sum[kRows][Vectors];
-      multiply<P>(sum, a + r * kAStride, kAStride, 1, b, kMatmulColumns, words);
+      multiply<P>(sum, a + r * kAStride, kAStride, 1, b, b_stride, words);
       sums.add(r, sum);
     }
   };
@@ -104,7 +109,7 @@ GK_INLINE int64_t first_from(const MatmulTerm& term, int64_t row) {
   return low;
 }
 
-template <class P, class A, class B>
+template <class P>
 void add_term(const MatmulTerm& term, const MatmulItem& item, const MatmulScratch<typename P::Compute>& scratch,
               bool first) {
   using C = typename P::Compute;
@@ -113,11 +118,16 @@ void add_term(const MatmulTerm& term, const MatmulItem& item, const MatmulScratc
   const int64_t begin = first_from(term, item.row_begin), end = first_from(term, item.row_end), count = end - begin;
   if (count == 0) return;
   Word* b = reinterpret_cast<Word*>(scratch.b);
+  const PackRows<P> pack_rows_of_a = row_packer<P>(term.a);
+  const PackLanes<P> pack_panel = lane_packer<P>(term.b);
   const auto a_of = [&](int64_t k) { return reinterpret_cast<Word*>(scratch.a[k / kMatmulDepth % 2]); };
   const auto pack_a = [&](int64_t from, int64_t to, int64_t k) GK_LAMBDA_INLINE {
-    pack_rows<P, A>(term.a, begin + from, begin + to, end, k, min_of(term.depth, k + kMatmulDepth),
-                    a_of(k) + from * kAStride, kAStride);
+    pack_rows_of_a(term.a, begin + from, begin + to, end, k, min_of(term.depth, k + kMatmulDepth),
+                   a_of(k) + from * kAStride, kAStride);
   };
+  // With so few rows of A, a panel of B is read where it lies if its words lie as a tile reads them.
+  const bool in_place = count <= kFewRows && is_same<Word, C> && !term.b.quantized && term.b.outer == 1 &&
+                        !term.b.tokens && !term.b.dropout && (is_same<C, double> || term.b.dtype == Dtype::f32);
   const int64_t columns = item.column_end - item.column_begin;
   const int64_t panels = (columns + kMatmulColumns - 1) / kMatmulColumns;
   pack_a(0, count, 0);
@@ -126,12 +136,19 @@ void add_term(const MatmulTerm& term, const MatmulItem& item, const MatmulScratc
     int64_t packed = until < term.depth ? 0 : count;  // rows of the next piece of A
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t j = item.column_begin + panel * kMatmulColumns, stop = min_of(item.column_end, j + kMatmulColumns);
-      pack_lanes<P, B>(term.b, j, stop, k, until, b, kMatmulColumns);
+      const Word* words_of_b = b;
+      int64_t b_stride = kMatmulColumns;
+      if (in_place && (stop - j) % kLanesOf<C> == 0) {
+        words_of_b = static_cast<const Word*>(term.b.data) + k * term.b.depth + j;
+        b_stride = term.b.depth;
+      } else {
+        pack_panel(term.b, j, stop, k, until, b, kMatmulColumns);
+      }
       // what the next panel is packed from
       const bool last = panel + 1 == panels;
       const int64_t next_k = last ? until : k, next_j = last ? item.column_begin : stop;
-      PanelLines<B> lines(term.b, next_j, min_of(item.column_end, next_j + kMatmulColumns), next_k,
-                          min_of(term.depth, next_k + kMatmulDepth));
+      PanelLines lines(term.b, next_j, min_of(item.column_end, next_j + kMatmulColumns), next_k,
+                       min_of(term.depth, next_k + kMatmulDepth));
       const auto meanwhile = [&](int64_t done) GK_LAMBDA_INLINE {
         lines.ask(done, count);
         if (packed == count) return;
@@ -152,39 +169,11 @@ void add_term(const MatmulTerm& term, const MatmulItem& item, const MatmulScratc
         const auto run = vectors == 3   ? multiply_panel<P, 3, decltype(meanwhile)>
                          : vectors == 2 ? multiply_panel<P, 2, decltype(meanwhile)>
                                         : multiply_panel<P, 1, decltype(meanwhile)>;
-        run(a_of(k), count, b + column, words, sums, meanwhile);
+        run(a_of(k), count, words_of_b + column, b_stride, words, sums, meanwhile);
         column += vectors * kLanesOf<C>;
       }
     }
   }
-}
-
-// f(product, type of A, type of B)
-template <class F>
-GK_INLINE void with_types(const MatmulOperand& a, const MatmulOperand& b, F&& f) {
-  if (b.quantized) {
-#if GENAI_KERNELS_ISA_BF16
-    if (a.dtype == Dtype::bf16 && !a.dropout)
-      return f(TypeTag<DotBf16>{}, TypeTag<bf16>{}, TypeTag<QuantizedElement>{});
-#endif
-    return switch_dtype(a.dtype, [&](auto type) {
-      using A = typename decltype(type)::type;
-      f(TypeTag<Fma<Compute<A>>>{}, TypeTag<A>{}, TypeTag<QuantizedElement>{});
-    });
-  }
-  if (a.dtype == Dtype::f64) return f(TypeTag<Fma<double>>{}, TypeTag<double>{}, TypeTag<double>{});
-#if GENAI_KERNELS_ISA_BF16
-  if (a.dtype == Dtype::bf16 && b.dtype == Dtype::bf16 && !b.dropout)
-    return f(TypeTag<DotBf16>{}, TypeTag<bf16>{}, TypeTag<bf16>{});
-#endif
-  switch_dtype(a.dtype, [&](auto type) {
-    using A = typename decltype(type)::type;
-    if constexpr (sizeof(A) < 8)
-      switch_dtype(b.dtype, [&](auto other) {
-        using B = typename decltype(other)::type;
-        if constexpr (sizeof(B) < 8) f(TypeTag<Fma<float>>{}, TypeTag<A>{}, TypeTag<B>{});
-      });
-  });
 }
 
 template <class C, class T>
@@ -209,13 +198,28 @@ void write_rows(const MatmulParams& p, const MatmulItem& item, const MatmulScrat
 
 template <class C>
 void run_item(const MatmulParams& p, const MatmulItem& item, void* memory) {
-  const MatmulScratch<C> scratch(item.row_end - item.row_begin, item.column_end - item.column_begin, memory);
-  for (int64_t t = 0; t < p.term_count; ++t)
-    with_types(p.terms[t].a, p.terms[t].b, [&](auto product, auto a, auto b) {
-      using P = typename decltype(product)::type;
-      if constexpr (is_same<typename P::Compute, C>)
-        add_term<P, typename decltype(a)::type, typename decltype(b)::type>(p.terms[t], item, scratch, t == 0);
-    });
+  const int64_t columns = item.column_end - item.column_begin;
+  MatmulScratch<C> scratch(item.row_end - item.row_begin, columns, memory);
+  // The sums of one piece are the result, and are made where it lies.
+  constexpr Dtype kOwn = is_same<C, double> ? Dtype::f64 : Dtype::f32;
+  const bool finished = p.term_count == 1 && !p.terms[0].rows && p.terms[0].depth <= kMatmulDepth && p.scale == 1 &&
+                        !p.accumulate && p.out_dtype == kOwn && columns % kLanesOf<C> == 0;
+  if (finished) {
+    scratch.c = static_cast<C*>(p.out) + item.row_begin * p.out_row + item.column_begin;
+    scratch.c_stride = p.out_row;
+  }
+  for (int64_t t = 0; t < p.term_count; ++t) {
+    const MatmulTerm& term = p.terms[t];
+#if GENAI_KERNELS_ISA_BF16
+    if constexpr (is_same<C, float>)
+      if (multiplies_pairs(term.a, term.b)) {
+        add_term<DotBf16>(term, item, scratch, t == 0);
+        continue;
+      }
+#endif
+    add_term<Fma<C>>(term, item, scratch, t == 0);
+  }
+  if (finished) return;
   switch_dtype(p.out_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (is_same<Compute<T>, C>) write_rows<C, T>(p, item, scratch);

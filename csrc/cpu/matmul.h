@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/gate.h"
 
 namespace genai_kernels {
 
@@ -83,14 +84,23 @@ struct RowAdapter {
 struct DotMatmulParams {
   MatmulOperand a, b;
   int64_t rows, columns, depth;
+  // A gated layer has two matrices of `columns` rows in B, one after the other, and C is gate(part gate_part) * the other.
+  int parts = 1;
+  Gate gate = Gate::silu;
+  int gate_part = 0;
   // the products with the adapters go on in the sums of the last piece; row r has adapters[begin[r]] up to begin[r + 1]
   const RowAdapter* adapters;
   const int64_t* adapters_begin;  // or null
   double scale;                   // of the sum
-  MatmulOperand bias;             // outer stride per column; or data null
+  MatmulOperand column_scale;     // of the sum, after that and before the bias: outer stride per column; or data null
+  MatmulOperand bias;             // the same; both have parts * columns elements
   void* out;                      // [rows][out_row], of type out_dtype
   Dtype out_dtype;
   int64_t out_row;
+  // What backward wants, [rows][parts * columns], or null: what goes into the gate, the gate's part first; or what
+  // column_scale multiplies.
+  void* inner = nullptr;
+  Dtype inner_dtype = Dtype::f32;
 };
 
 int64_t dot_matmul_scratch(const DotMatmulParams& p, int64_t rows, int64_t columns);

@@ -112,38 +112,29 @@ template <class P, class T>
 }
 
 // The cache lines that a panel of an operand is packed from, asked for little by little while another is multiplied.
-template <class T>
 struct PanelLines {
-  static constexpr int64_t kLine = 64 / int64_t(sizeof(T));
-  const T* data;
+  const char* data;
   int64_t stride, a_row, total, asked = 0, row = 0, line = 0;  // `a_row` lines in each of the rows
 
-  PanelLines(const MatmulOperand& b, int64_t begin, int64_t end, int64_t k, int64_t depth)
-      : data(static_cast<const T*>(b.data) + begin * b.outer + k * b.depth),
-        stride(b.outer == 1 ? b.depth : b.outer),
-        a_row(((b.outer == 1 ? end - begin : depth - k) + kLine - 1) / kLine),
-        total(depth > k && !b.tokens ? a_row * (b.outer == 1 ? depth - k : end - begin) : 0) {}
-  GK_INLINE void ask(int64_t done, int64_t rows) {
-    for (const int64_t to = done == rows ? total : total / rows * done; asked < to; ++asked) {
-      __builtin_prefetch(data + row * stride + line * kLine, 0, 2);
-      if (++line == a_row) line = 0, ++row;
-    }
-  }
-};
-
-template <>
-struct PanelLines<QuantizedElement> {
-  const uint8_t* data;
-  int64_t stride, a_row, total, asked = 0, row = 0, line = 0;
-
   PanelLines(const MatmulOperand& b, int64_t begin, int64_t end, int64_t k, int64_t depth) {
-    const QuantizedMatrix& m = *b.quantized;
     const bool across = b.outer == 1;
-    const int64_t first = (across ? begin : k) / 32 * 32, last = across ? end : depth;
-    data = m.data + (across ? k : begin) * m.row_bytes + bytes_of(m.kind, first);
-    stride = m.row_bytes;
-    a_row = (bytes_of(m.kind, last - first) + 63) / 64;
-    total = last > first ? a_row * (across ? depth - k : end - begin) : 0;
+    const int64_t first_row = across ? k : begin, rows = across ? depth - k : end - begin;
+    const int64_t first = across ? begin : k, last = across ? end : depth;
+    int64_t bytes;
+    if (b.quantized) {
+      const QuantizedMatrix& m = *b.quantized;
+      const int64_t aligned = first / 32 * 32;
+      stride = m.row_bytes;
+      data = reinterpret_cast<const char*>(m.data) + first_row * stride + bytes_of(m.kind, aligned);
+      bytes = bytes_of(m.kind, last - aligned);
+    } else {
+      const int64_t size = b.dtype == Dtype::f64 ? 8 : b.dtype == Dtype::f32 ? 4 : 2;
+      stride = (across ? b.depth : b.outer) * size;
+      data = static_cast<const char*>(b.data) + (begin * b.outer + k * b.depth) * size;
+      bytes = (last - first) * size;
+    }
+    a_row = (bytes + 63) / 64;
+    total = last > first && !b.tokens ? a_row * rows : 0;
   }
   GK_INLINE void ask(int64_t done, int64_t rows) {
     for (const int64_t to = done == rows ? total : total / rows * done; asked < to; ++asked) {
@@ -186,6 +177,50 @@ template <class P, class T>
       for (int64_t w = 0; b.dropout && w < words; ++w)
         drop(*b.dropout, token_of(b, k + w), begin, to + w * stride, end - begin);
   }
+}
+
+// pack_rows and pack_lanes for what an operand holds. Through pointers, so that a product is compiled once for what it
+// multiplies and not once for each pair of types.
+template <class P>
+using PackRows = void (*)(const MatmulOperand&, int64_t, int64_t, int64_t, int64_t, int64_t, typename P::Word*,
+                          int64_t);
+template <class P>
+using PackLanes = void (*)(const MatmulOperand&, int64_t, int64_t, int64_t, int64_t, typename P::Word*, int64_t);
+
+// f(type) with what an operand of a product holds.
+template <class P, class F>
+GK_INLINE void with_type(const MatmulOperand& m, F&& f) {
+  if (m.quantized) return f(TypeTag<QuantizedElement>{});
+  if constexpr (P::kPerWord == 2) return f(TypeTag<bf16>{});
+  switch_dtype(m.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (is_same<Compute<T>, typename P::Compute>) f(TypeTag<T>{});
+  });
+}
+template <class P>
+PackRows<P> row_packer(const MatmulOperand& m) {
+  PackRows<P> packer = nullptr;
+  with_type<P>(m, [&](auto type) { packer = pack_rows<P, typename decltype(type)::type>; });
+  return packer;
+}
+template <class P>
+PackLanes<P> lane_packer(const MatmulOperand& m) {
+  PackLanes<P> packer = nullptr;
+  with_type<P>(m, [&](auto type) { packer = pack_lanes<P, typename decltype(type)::type>; });
+  return packer;
+}
+
+// Whether a product of bf16 pairs may multiply these: what dropout scales is bf16 no more.
+GK_INLINE bool multiplies_pairs(const MatmulOperand& a, const MatmulOperand& b) {
+  return a.dtype == Dtype::bf16 && (b.quantized || b.dtype == Dtype::bf16) && !a.dropout && !b.dropout;
+}
+
+// to[0, n) = from, rounded.
+template <class C, class T>
+GK_INLINE void put_row(const C* from, int64_t n, T* to) {
+  int64_t j = 0;
+  for (; j + kLanesOf<C> <= n; j += kLanesOf<C>) store(to + j, load(from + j));
+  if (j < n) store_first(to + j, load(from + j), n - j);
 }
 
 }  // namespace

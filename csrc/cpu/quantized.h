@@ -91,7 +91,7 @@ GK_INLINE void load_step(const uint8_t* data, const VecF (&table)[kStepRegisters
       widen_bytes(from, q);
     } else {
       int8_t padded[kQuantizedStep] = {};
-      __builtin_memcpy(padded, from, n - column);
+      __builtin_memcpy(padded, from, min_of<int64_t>(n - column, kQuantizedStep));
       widen_bytes(padded, q);
     }
     GK_UNROLL for (int i = 0; i < kStepRegisters; ++i) x[i] = __builtin_convertvector(q[i], VecF) * table[i];

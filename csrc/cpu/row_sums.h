@@ -116,6 +116,18 @@ struct ColumnSums<float> {
     high = high + d.high;
   }
   template <class Part>
+  GK_INLINE void put(double* sums, Part part) const {
+    constexpr int kHalf = kLanes / 2;
+    if constexpr (is_end<Part>) {
+      const int64_t first = part.count < kHalf ? part.count : kHalf;
+      store_first(sums, low, first);
+      store_first(sums + kHalf, high, part.count - first);
+    } else {
+      store(sums, low);
+      store(sums + kHalf, high);
+    }
+  }
+  template <class Part>
   GK_INLINE void add_to(double* sums, Part part) const {
     constexpr int kHalf = kLanes / 2;
     if constexpr (is_end<Part>) {
@@ -132,6 +144,10 @@ template <>
 struct ColumnSums<double> {
   VecD sum = {};
   GK_INLINE void add(VecD v) { sum = sum + v; }
+  template <class Part>
+  GK_INLINE void put(double* sums, Part part) const {
+    part.store_to(sums, sum);
+  }
   template <class Part>
   GK_INLINE void add_to(double* sums, Part part) const {
     part.store_to(sums, part.load_from(sums) + sum);

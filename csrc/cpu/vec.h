@@ -95,6 +95,23 @@ template <class V>
 GK_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
+#if GENAI_KERNELS_ISA_LANES == 16
+template <>
+GK_INLINE VecF min(VecF a, VecF b) {
+  return (VecF)_mm512_min_ps((__m512)a, (__m512)b);
+}
+#endif
+
+// 1 / d of a finite normal d, at most 1 ULP: on AVX-512 an approximation of 14 bits and a Newton step, a quarter of a
+// division's time.
+GK_INLINE VecF reciprocal(VecF d) {
+#if GENAI_KERNELS_ISA_LANES == 16
+  const VecF r = (VecF)_mm512_rcp14_ps((__m512)d);
+  return fma(r, fma(-d, r, broadcast(1.0f)), r);
+#else
+  return 1.0f / d;
+#endif
+}
 
 GK_INLINE VecF sqrt(VecF x) {
 #if GENAI_KERNELS_ISA_LANES == 16

@@ -9,7 +9,18 @@
 
 namespace genai_kernels {
 
-// Uninitialised and contiguous, on the device of `like`.
+// Uninitialised, on the device of `like`.
+inline Tensor new_strided(const TensorRef& like, const int64_t* sizes, const int64_t* strides, int64_t dim,
+                          torch::headeronly::ScalarType dtype) {
+  const auto device = like.device();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      int32_t(device.type()), int32_t(device.index()), &handle));
+  return Tensor(handle);
+}
+
+// The same, contiguous.
 inline Tensor new_empty(const TensorRef& like, const int64_t* sizes, int64_t dim, torch::headeronly::ScalarType dtype) {
   int64_t strides[16];
   GK_CHECK_VALUE(dim <= 16, "new_empty", "shape: expected at most 16 dimensions, got ", dim);
@@ -18,12 +29,7 @@ inline Tensor new_empty(const TensorRef& like, const int64_t* sizes, int64_t dim
     strides[i] = step;
     step *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  const auto device = like.device();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      int32_t(device.type()), int32_t(device.index()), &handle));
-  return Tensor(handle);
+  return new_strided(like, sizes, strides, dim, dtype);
 }
 inline Tensor new_empty(const TensorRef& like, std::initializer_list<int64_t> sizes,
                         torch::headeronly::ScalarType dtype) {

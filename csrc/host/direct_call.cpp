@@ -80,7 +80,7 @@ bool is_false(PyObject* object) {
 }
 
 std::optional<ScalarType> scalar_type(const DlTensor& t) {
-  constexpr int kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
+  constexpr int kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kBool = 6;
   if (t.type_lanes != 1) return std::nullopt;
   switch (t.type_code * 256 + t.type_bits) {
     case kFloat * 256 + 32:
@@ -93,6 +93,10 @@ std::optional<ScalarType> scalar_type(const DlTensor& t) {
       return ScalarType::BFloat16;
     case kInt * 256 + 32:
       return ScalarType::Int;
+    case kInt * 256 + 8:
+      return ScalarType::Char;
+    case kUint * 256 + 8:
+      return ScalarType::Byte;
     case kInt * 256 + 64:
       return ScalarType::Long;
     case kBool * 256 + 8:

@@ -12,8 +12,10 @@
 namespace genai_kernels {
 
 // A product as a grid of items. Rows are cut at multiples of 4, and columns at multiples of `columns_step`, as the tiles
-// are; an item has at most `most_rows` rows and as many steps of columns as leave each thread about four items.
+// are; an item has at most `most_rows` rows and as many steps of columns as leave each thread about four items, but not so
+// few that packing its rows costs more than multiplying them.
 struct MatmulGrid {
+  static constexpr int64_t kFewestColumns = 48;
   int64_t rows, columns, columns_step, row_blocks, steps, column_blocks;
 
   MatmulGrid(int64_t rows, int64_t columns, int64_t columns_step, int64_t most_rows, int64_t most_columns)
@@ -21,7 +23,8 @@ struct MatmulGrid {
     row_blocks = (rows + most_rows - 1) / most_rows;
     steps = (columns + columns_step - 1) / columns_step;
     const int64_t fair = steps * row_blocks / (4 * torch::stable::get_num_threads());
-    const int64_t wide = std::clamp<int64_t>(fair, 1, most_columns / columns_step);
+    const int64_t fewest = std::min<int64_t>(steps, kFewestColumns / columns_step);
+    const int64_t wide = std::clamp<int64_t>(fair, std::max<int64_t>(fewest, 1), most_columns / columns_step);
     column_blocks = (steps + wide - 1) / wide;
   }
   int64_t count() const { return row_blocks * column_blocks; }
@@ -38,8 +41,12 @@ struct MatmulGrid {
   int64_t column_at(int64_t block) const { return std::min(columns, steps * block / column_blocks * columns_step); }
 };
 
-// 96 rows of A in pieces of 4 KiB and as many rows of 768 sums are 700 KiB of an L2, and B is read once for each 96 rows.
-inline MatmulGrid grid_of(const DotMatmulParams& p) { return {p.rows, p.columns, 6, 128, 768}; }
+// 128 rows of A in pieces of 4 KiB and as many rows of 768 sums are 900 KiB of an L2; B is read once for each 128 rows.
+// A thin product, as with the A of an adapter, has its few columns in every item, and is cut by rows.
+inline MatmulGrid grid_of(const DotMatmulParams& p) {
+  const bool thin = p.columns <= 2 * MatmulGrid::kFewestColumns;
+  return {p.rows, p.columns, 6, thin ? 32 : 128, 768 / p.parts};
+}
 // Two pieces of 256 rows of A and four panels of sums are 500 KiB of an L2; B is packed once for each 256 rows.
 inline MatmulGrid grid_of(const MatmulParams& p) {
   return {p.rows, p.columns, kMatmulColumns, 256, 4 * kMatmulColumns};
@@ -52,6 +59,8 @@ inline int64_t scratch_of(const MatmulParams& p, int64_t rows, int64_t columns) 
 }
 inline int64_t depth_of(const DotMatmulParams& p) { return p.depth; }
 inline int64_t depth_of(const MatmulParams& p) { return p.terms[0].depth; }
+inline int64_t parts_of(const DotMatmulParams& p) { return p.parts; }
+inline int64_t parts_of(const MatmulParams&) { return 1; }
 inline void run_item(const DotMatmulParams& p, const MatmulItem& item, void* scratch) {
   dot_matmul_kernel(p, item, scratch);
 }
@@ -73,7 +82,7 @@ void run_matmuls(std::span<const Params> products) {
     bytes = std::max(bytes, scratch_of(p, grid.largest_rows(), grid.largest_columns()));
     work.push_back({&p, grid, items});
     items += grid.count();
-    multiplications += p.rows * p.columns * depth_of(p);
+    multiplications += p.rows * p.columns * depth_of(p) * parts_of(p);
   }
   // less than it costs to wake a thread
   if (multiplications < int64_t(1) << 17) {

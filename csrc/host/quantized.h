@@ -65,4 +65,25 @@ inline MatmulOperand operand(const QuantizedMatrix& m, bool across = false) {
   return b;
 }
 
+// The weight [out, in] of a linear layer: a tensor of x's dtype or, with a scale, the data of a quantized one.
+struct LinearWeight {
+  const TensorRef& data;
+  std::optional<QuantizedMatrix> quantized;
+  int64_t out, in;
+
+  LinearWeight(const char* op, const TensorRef& data, const OptionalTensor& scale, const OptionalTensor& zero,
+               const OptionalTensor& code_scale, int64_t inputs, int64_t group_size)
+      : data(data) {
+    GK_CHECK_VALUE(data.dim() == 2, op, "weight: expected [out, in], got shape ", shape_of(data));
+    if (scale) quantized = quantized_matrix(op, data, *scale, zero, code_scale, inputs, group_size);
+    out = data.size(0);
+    in = quantized ? inputs : data.size(1);
+  }
+  // As the B of C = A W' or, `across`, of C = A W.
+  MatmulOperand operand(const char* op, bool across = false) const {
+    if (quantized) return genai_kernels::operand(*quantized, across);
+    return {data.data(), float_dtype(op, "weight", data), data.stride(across ? 1 : 0), data.stride(across ? 0 : 1)};
+  }
+};
+
 }  // namespace genai_kernels

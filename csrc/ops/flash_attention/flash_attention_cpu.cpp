@@ -11,6 +11,7 @@
 #include "ops/flash_attention/flash_attention.h"
 
 #define GENAI_KERNELS_ISA_FILE "ops/flash_attention/flash_attention_cpu.cpp"
+#define GENAI_KERNELS_ISA_DOT_BF16
 #include "cpu/foreach_isa.h"
 
 #ifdef GENAI_KERNELS_ISA_NAME

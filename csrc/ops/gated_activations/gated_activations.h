@@ -1,12 +1,11 @@
 // What the host of silu_and_mul, gelu_and_mul and gelu_tanh_and_mul hands to their kernels.
 #pragma once
 #include "core/dtype.h"
+#include "core/gate.h"
 #include "core/launcher.h"
 #include "core/rows.h"
 
 namespace genai_kernels {
-
-enum class Gate : int32_t { silu, gelu, gelu_tanh };
 
 struct GatedActivationParams {
   Dtype dtype;

@@ -5,7 +5,8 @@
 //
 //     dS = scaling dy B,   dx = dy W + mask (dS A),   dA = dS' drop(x),   dB = dy' S
 //
-// One adapter is the case of many in which every row has the first.
+// One adapter is the case of many in which every row has the first. What comes after the product is done on its sums: a
+// factor for each column (DoRA), or the gate of a gated layer.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -20,6 +21,7 @@
 #include "host/check.h"
 #include "host/direct_call.h"
 #include "host/matmul.h"
+#include "host/quantized.h"
 
 namespace genai_kernels {
 namespace {
@@ -39,7 +41,7 @@ struct Adapter {
 // The rows that have an adapter, and where their part of S begins, in elements.
 struct Share {
   bool all;
-  std::vector<int64_t> tokens;  // ascending; unless all have it
+  std::vector<int64_t> tokens;  // ascending; of no meaning where all have it
   int64_t count, s_begin;
   const int64_t* rows() const { return all ? nullptr : tokens.data(); }
 };
@@ -47,6 +49,7 @@ struct Share {
 struct Call {
   const char* op;
   Dtype dtype;
+  LinearWeight weight;
   int64_t rows, in, out;
   std::vector<Adapter> adapters;
   std::vector<Share> shares;
@@ -64,18 +67,22 @@ Dtype adapter_dtype(const Call& c, const char* name, const TensorRef& t, const T
   return dtype;
 }
 
-Call checked(const char* op, const TensorRef& x, const TensorRef& weight, const OptionalTensor& rng_state,
+// The tensors of a weight, as the ops take them.
+struct WeightTensors {
+  const TensorRef& data;
+  const OptionalTensor &scale, &zero, &code_scale;
+  int64_t group_size;
+};
+
+Call checked(const char* op, const TensorRef& x, const WeightTensors& w, const OptionalTensor& rng_state,
              double dropout_p) {
-  Call c{};
-  c.op = op;
-  c.dtype = float_dtype(op, "x", x);
-  GK_CHECK_VALUE(weight.dim() == 2, op, "weight: expected [out, in], got shape ", shape_of(weight));
-  check_same_dtype(op, "weight", weight, "x", x);
-  GK_CHECK_VALUE(x.dim() == 2 && x.size(1) == weight.size(1), op, "x: expected a last dimension of ", weight.size(1),
+  const Dtype dtype = float_dtype(op, "x", x);
+  GK_CHECK_VALUE(x.dim() == 2, op, "x: expected [rows, in], got shape ", shape_of(x));
+  const LinearWeight weight(op, w.data, w.scale, w.zero, w.code_scale, x.size(1), w.group_size);
+  if (!weight.quantized) check_same_dtype(op, "weight", w.data, "x", x);
+  GK_CHECK_VALUE(x.size(1) == weight.in, op, "x: expected a last dimension of ", weight.in,
                  " as weight has, got shape ", shape_of(x));
-  c.rows = x.size(0);
-  c.in = weight.size(1);
-  c.out = weight.size(0);
+  Call c{op, dtype, weight, x.size(0), weight.in, weight.out, {}, {}, 0, {}};
   GK_CHECK_VALUE(dropout_p >= 0 && dropout_p < 1, op, "dropout_p: expected 0 <= p < 1, got ", dropout_p);
   if (dropout_p > 0) {
     GK_CHECK_VALUE(rng_state && rng_state->numel() == 1 && rng_state->scalar_type() == ScalarType::Long, op,
@@ -127,7 +134,10 @@ void share(Call& c, const TensorRef& ids) {
                      "]: expected an adapter once for each row, got ", at, " again");
       tokens.push_back(r);
     }
-  for (Share& s : c.shares) s.count = int64_t(s.tokens.size());
+  for (Share& s : c.shares) {
+    s.count = int64_t(s.tokens.size());
+    s.all = s.count == c.rows;
+  }
   place(c);
 }
 
@@ -167,6 +177,28 @@ void shrink(const Call& c, void* s, const Of& of) {
   run_matmuls(std::span<const DotMatmulParams>(products));
 }
 
+// to[c][r] = from[r][c].
+template <class Word>
+void transpose(const Word* from, int64_t row, int64_t column, int64_t rows, int64_t columns, Word* to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * rows + r] = from[r * row + c * column];
+}
+
+// B' of an adapter as an operand that lies along the contraction, which a product reads for every few rows of dy; in
+// `room`, unless it does so already.
+MatmulOperand along_columns(const Call& c, const TensorRef& b, std::vector<char>& room) {
+  MatmulOperand m = operand(c.op, "lora_b", b, 1, 0);
+  if (m.depth == 1 || b.numel() == 0) return m;
+  const int64_t bytes = element_size(b.scalar_type()), rows = b.size(0), columns = b.size(1);
+  room.resize(size_t(b.numel() * bytes));
+  const auto run = [&](auto word) {
+    using Word = decltype(word);
+    transpose(static_cast<const Word*>(m.data), m.depth, m.outer, rows, columns, reinterpret_cast<Word*>(room.data()));
+  };
+  bytes == 2 ? run(uint16_t()) : bytes == 4 ? run(uint32_t()) : run(uint64_t());
+  return {room.data(), m.dtype, rows, 1};
+}
+
 // Columns [begin, ...) of a matrix, as an operand whose rows it has along `outer`.
 MatmulOperand columns_from(const Call& c, const TensorRef& t, int64_t begin, int outer, int depth) {
   MatmulOperand m = operand(c.op, "dy", t, outer, depth);
@@ -174,17 +206,45 @@ MatmulOperand columns_from(const Call& c, const TensorRef& t, int64_t begin, int
   return m;
 }
 
-using Forward = std::tuple<Tensor, Tensor>;
+// What is done with the sums of the product: a factor for each column, or a gate over two halves of the columns.
+struct Epilogue {
+  const OptionalTensor& column_scale;
+  int64_t gate;  // of Gate; -1: none
+  bool gate_last;
+  bool keep_inner;
+};
 
-Forward forward(const Call& c, const TensorRef& x, const TensorRef& weight, const OptionalTensor& bias) {
+// y; S; and what an epilogue begins from, if it is kept.
+using Forward = std::tuple<Tensor, Tensor, Tensor>;
+
+Forward forward(const Call& c, const TensorRef& x, const OptionalTensor& bias, const Epilogue& epilogue) {
   DotMatmulParams p{};
+  if (epilogue.gate >= 0) {
+    GK_CHECK_VALUE(c.out % 2 == 0, c.op, "weight: expected [2 n, in], a gate and what it multiplies, got ", c.out,
+                   " rows");
+    p.parts = 2;
+    p.gate = Gate(epilogue.gate);
+    p.gate_part = epilogue.gate_last;
+  }
+  if (epilogue.column_scale) {
+    const TensorRef& scale = *epilogue.column_scale;
+    GK_CHECK_VALUE(scale.dim() == 1 && scale.size(0) == c.out, c.op, "magnitude: expected [", c.out, "], got shape ",
+                   shape_of(scale));
+    GK_CHECK_TYPE(float_dtype(c.op, "magnitude", scale) == c.compute(), c.op, "magnitude: expected ",
+                  c.dtype == Dtype::f64 ? "float64" : "float32", ", got ", dtype_name(scale.scalar_type()));
+    p.column_scale = {scale.data(), c.compute(), scale.stride(0), 0};
+  }
   if (bias) {
     check_same_dtype(c.op, "bias", *bias, "x", x);
     GK_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == c.out, c.op, "bias: expected [", c.out, "], got shape ",
                    shape_of(*bias));
     p.bias = {bias->data(), c.dtype, bias->stride(0), 0};
   }
-  Tensor y = new_empty(x, {c.rows, c.out}, x.scalar_type());
+  p.columns = c.out / p.parts;
+  Tensor y = new_empty(x, {c.rows, p.columns}, x.scalar_type());
+  // as exact as the adapter's gradients are to be
+  const TensorRef& like = epilogue.column_scale ? c.adapters[0].a : x;
+  Tensor inner = new_empty(x, {epilogue.keep_inner ? c.rows : 0, c.out}, like.scalar_type());
   Tensor s = new_empty(x, {c.s_size}, c.dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
   void* s_data = s.mutable_data_ptr();
   shrink(c, s_data, [&](const Adapter& adapter) {
@@ -197,10 +257,10 @@ Forward forward(const Call& c, const TensorRef& x, const TensorRef& weight, cons
     second.push_back({adapter.b.data(), float_dtype(c.op, "lora_b", adapter.b), adapter.rank(), adapter.b.stride(0),
                       adapter.b.stride(1), adapter.column_begin, adapter.column_end});
   // by row, in the order of the adapters
-  std::vector<int64_t> begin(size_t(c.rows) + 1, 0);
+  std::vector<int64_t> begin(c.adapters.empty() ? 1 : size_t(c.rows) + 1, 0);
   for (const Share& share : c.shares)
     for (int64_t i = 0; i < share.count; ++i) ++begin[size_t((share.all ? i : share.tokens[size_t(i)]) + 1)];
-  for (int64_t r = 0; r < c.rows; ++r) begin[size_t(r + 1)] += begin[size_t(r)];
+  for (size_t r = 1; r < begin.size(); ++r) begin[r] += begin[r - 1];
   std::vector<RowAdapter> of_rows(size_t(begin.back()));
   std::vector<int64_t> next(begin);
   for (size_t a = 0; a < c.adapters.size(); ++a)
@@ -211,28 +271,33 @@ Forward forward(const Call& c, const TensorRef& x, const TensorRef& weight, cons
       of_rows[size_t(next[size_t(row)]++)] = {part, &second[a]};
     }
   p.a = operand(c.op, "x", x, 0, 1);
-  p.b = operand(c.op, "weight", weight, 0, 1);
+  p.b = c.weight.operand(c.op);
   p.rows = c.rows;
-  p.columns = c.out;
   p.depth = c.in;
   p.adapters = of_rows.data();
-  p.adapters_begin = begin.data();
+  p.adapters_begin = of_rows.empty() ? nullptr : begin.data();
   p.scale = 1;
   p.out = y.mutable_data_ptr();
   p.out_dtype = c.dtype;
-  p.out_row = c.out;
+  p.out_row = p.columns;
+  if (epilogue.keep_inner) p.inner = inner.mutable_data_ptr();
+  p.inner_dtype = float_dtype(c.op, "inner", like);
   run_matmul(p);
-  return {y, s};
+  return {y, s, inner};
 }
 
 // dx, and one behind the other for each adapter dA [rank][in] and dB' [rank][columns], in the adapters' dtype.
 using Backward = std::tuple<Tensor, Tensor>;
 
-Backward backward(const Call& c, const TensorRef& dy, const TensorRef& x, const TensorRef& weight, const TensorRef& s,
-                  bool for_x, bool for_adapters) {
+// With a factor for each column, `dy_base` is dy times that; lora_b has been multiplied by it.
+Backward backward(const Call& c, const TensorRef& dy, const OptionalTensor& dy_base, const TensorRef& x,
+                  const TensorRef& s, bool for_x, bool for_adapters) {
   check_same_dtype(c.op, "dy", dy, "x", x);
   GK_CHECK_VALUE(dy.dim() == 2 && dy.size(0) == c.rows && dy.size(1) == c.out, c.op, "dy: expected [", c.rows, ", ",
                  c.out, "], got shape ", shape_of(dy));
+  GK_CHECK_VALUE(!dy_base || (dy_base->dim() == 2 && dy_base->size(0) == c.rows && dy_base->size(1) == c.out &&
+                              dy_base->scalar_type() == dy.scalar_type()),
+                 c.op, "dy_base: expected one like dy");
   GK_CHECK_VALUE(s.numel() == c.s_size && s.is_contiguous() && float_dtype(c.op, "s", s) == c.compute(), c.op,
                  "s: expected what forward returned, ", c.s_size, " elements, got shape ", shape_of(s));
   const ScalarType like = c.adapters.empty() ? x.scalar_type() : c.adapters[0].a.scalar_type();
@@ -243,14 +308,16 @@ Backward backward(const Call& c, const TensorRef& dy, const TensorRef& x, const 
   Tensor found = new_empty(x, {gradients}, like);
   Tensor ds = new_empty(x, {c.s_size}, s.scalar_type());
   void* ds_data = ds.mutable_data_ptr();
+  std::vector<std::vector<char>> room(c.adapters.size());
   shrink(c, ds_data, [&](const Adapter& adapter) {
-    return Shrunk{columns_from(c, dy, adapter.column_begin, 0, 1), operand(c.op, "lora_b", adapter.b, 1, 0),
+    return Shrunk{columns_from(c, dy, adapter.column_begin, 0, 1),
+                  along_columns(c, adapter.b, room[size_t(&adapter - c.adapters.data())]),
                   adapter.column_end - adapter.column_begin};
   });
   if (for_x) {
     std::vector<MatmulTerm> sum(1);
-    sum[0].a = operand(c.op, "dy", dy, 0, 1);
-    sum[0].b = operand(c.op, "weight", weight, 1, 0);
+    sum[0].a = operand(c.op, "dy", dy_base ? *dy_base : dy, 0, 1);
+    sum[0].b = c.weight.operand(c.op, true);
     sum[0].depth = c.out;
     for (size_t i = 0; i < c.adapters.size(); ++i) {
       const Adapter& adapter = c.adapters[i];
@@ -292,35 +359,63 @@ Backward backward(const Call& c, const TensorRef& dy, const TensorRef& x, const 
   return {dx, found};
 }
 
+// ---- a gated layer without adapters ----
+
+constexpr const char* kGated[] = {"linear_swiglu", "linear_geglu", "linear_geglu_tanh"};  // in the order of Gate
+
+const char* gated_name(int64_t gate) {
+  GK_CHECK_VALUE(gate >= 0 && gate <= 2, "linear_swiglu", "gate: expected 0 to 2, got ", gate);
+  return kGated[gate];
+}
+
+// y, and what goes into the gate, if it is to be kept.
+std::tuple<Tensor, Tensor> gated_linear(const TensorRef& x, const TensorRef& weight, const OptionalTensor& bias,
+                                        int64_t gate, bool gate_last, bool keep_inner,
+                                        const OptionalTensor& weight_scale, const OptionalTensor& weight_zero,
+                                        const OptionalTensor& weight_code_scale, int64_t group_size) {
+  const WeightTensors w{weight, weight_scale, weight_zero, weight_code_scale, group_size};
+  const Call c = checked(gated_name(gate), x, w, std::nullopt, 0);
+  auto [y, s, inner] = forward(c, x, bias, {std::nullopt, gate, gate_last, keep_inner});
+  return {y, inner};
+}
+
 // ---- one adapter for all rows ----
 
-Call single(const TensorRef& x, const TensorRef& weight, const TensorRef& lora_a, const TensorRef& lora_b,
-            const OptionalTensor& rng_state, double scaling, double dropout_p) {
-  Call c = checked("lora_linear", x, weight, rng_state, dropout_p);
+Call single(const char* op, const TensorRef& x, const WeightTensors& weight, const TensorRef& lora_a,
+            const TensorRef& lora_b, const OptionalTensor& rng_state, double scaling, double dropout_p) {
+  Call c = checked(op, x, weight, rng_state, dropout_p);
   add_adapter(c, x, lora_a, lora_b, scaling, "", 0, c.out);
   share_with_all(c);
   return c;
 }
 
 Forward lora_linear(const TensorRef& x, const TensorRef& weight, const TensorRef& lora_a, const TensorRef& lora_b,
-                    const OptionalTensor& bias, const OptionalTensor& rng_state, double scaling, double dropout_p) {
-  return forward(single(x, weight, lora_a, lora_b, rng_state, scaling, dropout_p), x, weight, bias);
+                    const OptionalTensor& bias, const OptionalTensor& rng_state, double scaling, double dropout_p,
+                    const OptionalTensor& column_scale, bool keep_inner, const OptionalTensor& weight_scale,
+                    const OptionalTensor& weight_zero, const OptionalTensor& weight_code_scale, int64_t group_size) {
+  const WeightTensors w{weight, weight_scale, weight_zero, weight_code_scale, group_size};
+  const char* op = column_scale ? "dora_linear" : "lora_linear";
+  const Call c = single(op, x, w, lora_a, lora_b, rng_state, scaling, dropout_p);
+  return forward(c, x, bias, {column_scale, -1, false, keep_inner});
 }
 
-Backward lora_linear_bwd(const TensorRef& dy, const TensorRef& x, const TensorRef& weight, const TensorRef& lora_a,
-                         const TensorRef& lora_b, const TensorRef& s, const OptionalTensor& rng_state, double scaling,
-                         double dropout_p, bool for_x, bool for_adapters) {
-  return backward(single(x, weight, lora_a, lora_b, rng_state, scaling, dropout_p), dy, x, weight, s, for_x,
+Backward lora_linear_bwd(const TensorRef& dy, const OptionalTensor& dy_base, const TensorRef& x,
+                         const TensorRef& weight, const TensorRef& lora_a, const TensorRef& lora_b, const TensorRef& s,
+                         const OptionalTensor& rng_state, double scaling, double dropout_p, bool for_x,
+                         bool for_adapters, const OptionalTensor& weight_scale, const OptionalTensor& weight_zero,
+                         const OptionalTensor& weight_code_scale, int64_t group_size) {
+  const WeightTensors w{weight, weight_scale, weight_zero, weight_code_scale, group_size};
+  return backward(single("lora_linear", x, w, lora_a, lora_b, rng_state, scaling, dropout_p), dy, dy_base, x, s, for_x,
                   for_adapters);
 }
 
 // ---- adapters by row ----
 
-// `columns` int64 [adapters, 2]: which columns of y an adapter adds to; `scalings` float64 [adapters].
-Call multiple(const TensorRef& x, const TensorRef& weight, const std::vector<Tensor>& lora_a,
+// `columns` int64 [adapters, 2]: which rows of weight an adapter adds to; `scalings` float64 [adapters].
+Call multiple(const char* op, const TensorRef& x, const WeightTensors& weight, const std::vector<Tensor>& lora_a,
               const std::vector<Tensor>& lora_b, const TensorRef& scalings, const TensorRef& columns,
               const TensorRef& adapter_ids, const OptionalTensor& rng_state, double dropout_p) {
-  Call c = checked("lora_linear_multi", x, weight, rng_state, dropout_p);
+  Call c = checked(op, x, weight, rng_state, dropout_p);
   const int64_t count = int64_t(lora_a.size());
   GK_CHECK_VALUE(int64_t(lora_b.size()) == count && scalings.numel() == count && columns.numel() == 2 * count &&
                      scalings.scalar_type() == ScalarType::Double && columns.scalar_type() == ScalarType::Long &&
@@ -342,33 +437,50 @@ Call multiple(const TensorRef& x, const TensorRef& weight, const std::vector<Ten
 Forward lora_linear_multi(const TensorRef& x, const TensorRef& weight, const std::vector<Tensor>& lora_a,
                           const std::vector<Tensor>& lora_b, const TensorRef& scalings, const TensorRef& columns,
                           const TensorRef& adapter_ids, const OptionalTensor& bias, const OptionalTensor& rng_state,
-                          double dropout_p) {
-  return forward(multiple(x, weight, lora_a, lora_b, scalings, columns, adapter_ids, rng_state, dropout_p), x, weight,
-                 bias);
+                          double dropout_p, int64_t gate, bool gate_last, bool keep_inner,
+                          const OptionalTensor& weight_scale, const OptionalTensor& weight_zero,
+                          const OptionalTensor& weight_code_scale, int64_t group_size) {
+  const WeightTensors w{weight, weight_scale, weight_zero, weight_code_scale, group_size};
+  const Call c = multiple(gate < 0 ? "lora_linear_multi" : gated_name(gate), x, w, lora_a, lora_b, scalings, columns,
+                          adapter_ids, rng_state, dropout_p);
+  return forward(c, x, bias, {std::nullopt, gate, gate_last, keep_inner});
 }
 
 Backward lora_linear_multi_bwd(const TensorRef& dy, const TensorRef& x, const TensorRef& weight,
                                const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
                                const TensorRef& scalings, const TensorRef& columns, const TensorRef& adapter_ids,
                                const TensorRef& s, const OptionalTensor& rng_state, double dropout_p, bool for_x,
-                               bool for_adapters) {
-  return backward(multiple(x, weight, lora_a, lora_b, scalings, columns, adapter_ids, rng_state, dropout_p), dy, x,
-                  weight, s, for_x, for_adapters);
+                               bool for_adapters, const OptionalTensor& weight_scale, const OptionalTensor& weight_zero,
+                               const OptionalTensor& weight_code_scale, int64_t group_size) {
+  const WeightTensors w{weight, weight_scale, weight_zero, weight_code_scale, group_size};
+  return backward(
+      multiple("lora_linear_multi", x, w, lora_a, lora_b, scalings, columns, adapter_ids, rng_state, dropout_p), dy,
+      std::nullopt, x, s, for_x, for_adapters);
 }
 
 }  // namespace
 }  // namespace genai_kernels
 
+// A quantized weight comes as its tensors, with weight_scale; else the four last arguments mean nothing.
+GK_CPU_OP(gated_linear, genai_kernels::gated_linear,
+          "(Tensor x, Tensor weight, Tensor? bias, int gate, bool gate_last, bool keep_inner, Tensor? weight_scale, "
+          "Tensor? weight_zero, Tensor? weight_code_scale, int group_size) -> (Tensor, Tensor)")
 GK_CPU_OP(lora_linear, genai_kernels::lora_linear,
           "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? rng_state, float scaling, "
-          "float dropout_p) -> (Tensor, Tensor)")
-GK_CPU_OP(lora_linear_bwd, genai_kernels::lora_linear_bwd,
-          "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, Tensor? rng_state, "
-          "float scaling, float dropout_p, bool for_x, bool for_adapters) -> (Tensor, Tensor)")
+          "float dropout_p, Tensor? column_scale, bool keep_inner, Tensor? weight_scale, Tensor? weight_zero, "
+          "Tensor? weight_code_scale, int group_size) -> (Tensor, Tensor, Tensor)")
+GK_CPU_OP(
+    lora_linear_bwd, genai_kernels::lora_linear_bwd,
+    "(Tensor dy, Tensor? dy_base, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, Tensor? rng_state, "
+    "float scaling, float dropout_p, bool for_x, bool for_adapters, Tensor? weight_scale, Tensor? weight_zero, "
+    "Tensor? weight_code_scale, int group_size) -> (Tensor, Tensor)")
 GK_CPU_OP(lora_linear_multi, genai_kernels::lora_linear_multi,
           "(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor scalings, Tensor columns, "
-          "Tensor adapter_ids, Tensor? bias, Tensor? rng_state, float dropout_p) -> (Tensor, Tensor)")
+          "Tensor adapter_ids, Tensor? bias, Tensor? rng_state, float dropout_p, int gate, bool gate_last, "
+          "bool keep_inner, Tensor? weight_scale, Tensor? weight_zero, Tensor? weight_code_scale, int group_size) "
+          "-> (Tensor, Tensor, Tensor)")
 GK_CPU_OP(lora_linear_multi_bwd, genai_kernels::lora_linear_multi_bwd,
           "(Tensor dy, Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor scalings, Tensor columns, "
-          "Tensor adapter_ids, Tensor s, Tensor? rng_state, float dropout_p, bool for_x, bool for_adapters) "
+          "Tensor adapter_ids, Tensor s, Tensor? rng_state, float dropout_p, bool for_x, bool for_adapters, "
+          "Tensor? weight_scale, Tensor? weight_zero, Tensor? weight_code_scale, int group_size) "
           "-> (Tensor, Tensor)")

@@ -14,6 +14,7 @@
 #include "ops/paged_attention/paged_attention.h"
 
 #define GENAI_KERNELS_ISA_FILE "ops/paged_attention/paged_attention_cpu.cpp"
+#define GENAI_KERNELS_ISA_DOT_BF16
 #include "cpu/foreach_isa.h"
 
 #ifdef GENAI_KERNELS_ISA_NAME
