@@ -11,6 +11,7 @@ computation in float64 from the same low-precision inputs):
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,20 @@ def map_tensors(f: Callable[[torch.Tensor], torch.Tensor], args: Any) -> Any:
     return args
 
 
+def moved(op: Op, call: Any, device: str) -> Any:
+    """(args, kwargs) of a call on a device, but for what the op wants on the CPU."""
+    args, kwargs = call
+    names = list(inspect.signature(op.function).parameters) if op.on_cpu else []
+
+    def one(name: str, value: Any) -> Any:
+        return value if name in op.on_cpu else map_tensors(lambda t: t.to(device), value)
+
+    return (
+        tuple(one(names[i] if names else "", a) for i, a in enumerate(args)),
+        {name: one(name, a) for name, a in kwargs.items()},
+    )
+
+
 def _leaves(args: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_tensors(lambda t: found.append(t) or t, args)  # type: ignore[func-returns-value]
@@ -156,7 +171,7 @@ def _three_ways(
     op: Op, sample: Sample, dtype: torch.dtype, differentiate: bool, seed: int, device: str
 ) -> tuple[Any, Any, Any]:
     """Ours, eager and float64 of one draw of a sample, each as (outputs, gradients); and its arguments."""
-    args, kwargs = map_tensors(lambda t: t.to(device), sample.build(Make(dtype, device, seed)))
+    args, kwargs = moved(op, sample.build(Make(dtype, device, seed)), device)
 
     def prepared(to: torch.dtype | None) -> Any:
         def one(t: torch.Tensor) -> torch.Tensor:
@@ -168,6 +183,9 @@ def _three_ways(
             return t.requires_grad_(differentiate)
 
         prepared_args, prepared_kwargs = map_tensors(one, (args, kwargs))
+        if to is not None:  # of results, too
+            is_float = {k: isinstance(v, torch.dtype) and v.is_floating_point for k, v in prepared_kwargs.items()}
+            prepared_kwargs = {k: to if is_float[k] else v for k, v in prepared_kwargs.items()}
         for name in sample.frozen:
             prepared_kwargs[name].requires_grad_(False)
         return prepared_args, prepared_kwargs

@@ -29,7 +29,6 @@ NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 # Compute capabilities that the CUDA C++ kernels have code for: machine code of sm_80 and sm_90a (setup.py).
 CUDA_FROM, CUDA_TO = (8, 0), (9, 0)
 TRITON_FROM = (8, 0)  # before it Triton has no bfloat16 products
-_LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
@@ -125,13 +124,21 @@ def _is_written(backend: str, op: str) -> bool:
     return op not in OPS or backend in OPS[op].gpu
 
 
+def _dtypes(op: str) -> tuple[torch.dtype, ...]:
+    """Of an op's first tensor, that its kernels on the GPU take."""
+    from .registry import FLOATS, OPS
+
+    return OPS[op].gpu_dtypes if op in OPS else FLOATS
+
+
 def _why_no_kernel(backend: str, op: str, capability: tuple[int, int], dtype: torch.dtype) -> str:
     """Why a kernel on the GPU cannot serve; empty if it can. Whether it is proven is another question."""
     card = f"{capability[0]}.{capability[1]}"
     if not _is_written(backend, op):
         return f"it has no kernel in {'CUDA C++' if backend == 'cuda' else 'Triton'}"
-    if dtype not in _LOW:
-        return f"its kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if dtype not in (taken := _dtypes(op)):
+        names = [str(t).removeprefix("torch.") for t in (*taken, dtype)]
+        return f"its kernels take {', '.join(names[:-2])} and {names[-2]}, not {names[-1]}"
     if backend == "cuda":
         if not built_with_cuda():
             return "this library was built without CUDA kernels"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NF4", "QuantizedWeight"]
+__all__ = ["NF4", "QuantizedWeight", "check_inputs", "dense", "weight_arguments"]
 
 # The quantiles of a normal distribution that QLoRA (arXiv 2305.14314, appendix E) codes 4 bits with.
 NF4 = (
@@ -104,6 +104,35 @@ class QuantizedWeight:
         if self.zero is not None:
             q = q - spread(self.zero.to(wide), self.group_size, columns)
         return (q * spread(scale, self.group_size, columns)).to(dtype)
+
+
+def weight_arguments(
+    weight: torch.Tensor | QuantizedWeight,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int]:
+    """What a torch op takes of a weight that may be quantized: its data, and scale, zero, code_scale, group_size."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.data, weight.scale, weight.zero, weight.code_scale, weight.group_size
+    return weight, None, None, None, 0
+
+
+def check_inputs(name: str, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> None:
+    """Raises where what a quantized weight says of its shape fits neither x nor its data."""
+    if not isinstance(weight, QuantizedWeight):
+        return
+    rows, columns = weight.shape
+    if x.shape[-1:] != (columns,):
+        raise ValueError(
+            f"genai_kernels.{name}: x: expected a last dimension of {columns} as weight has, got shape {list(x.shape)}"
+        )
+    if weight.data.shape[:1] != (rows,):
+        raise ValueError(
+            f"genai_kernels.{name}: weight.data: expected {rows} rows as its shape says, got {list(weight.data.shape)}"
+        )
+
+
+def dense(weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as a matrix: itself or, quantized, what it stands for."""
+    return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight
 
 
 def spread(per_group: torch.Tensor, group_size: int, columns: int) -> torch.Tensor:

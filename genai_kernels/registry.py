@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import backends
+from .quantized import QuantizedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +66,8 @@ class Sample:
     backward_elements: float = 0.0
     peers: tuple[str, ...] | None = None  # names of Op.peers, and "eager"; None: all
     frozen: tuple[str, ...] = ()  # keyword arguments that take no gradient
+    cpu_only: bool = False  # with an option that no kernel on a GPU has
+    interpreted: bool = True  # False: not where time is scarce, in Triton's interpreter, as others have what it has
 
 
 Index = tuple[slice, ...]
@@ -108,6 +111,8 @@ class Op:
     differentiable: bool = True
     exact: bool = False  # results are compared bit for bit
     gpu: tuple[str, ...] = ("cuda", "triton")  # in what it has kernels for the GPU; else PyTorch serves, a fallback
+    gpu_dtypes: tuple[torch.dtype, ...] = FLOATS  # of its first tensor, that these kernels take
+    on_cpu: tuple[str, ...] = ()  # arguments that stay there, wherever the others are
     mutates: bool = False  # it writes into some of its arguments, and returns those
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # same arguments as the op
     overloads: tuple[str, ...] = ()  # names of the torch ops behind it, for opcheck and explain
@@ -128,6 +133,19 @@ def _translated(error: RuntimeError) -> Exception:
         if text.startswith(prefix):
             return kind(text[len(prefix) :].splitlines()[0])
     return error
+
+
+def python_errors(function: F) -> F:
+    """For a public function that is no op: it raises the exceptions that the kernels' checks name."""
+
+    @functools.wraps(function)
+    def public(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            raise _translated(error) from None
+
+    return public  # type: ignore[return-value]
 
 
 def _chosen(name: str, first: Any) -> str | None:
@@ -172,6 +190,8 @@ def op(
             first = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(first, (list, tuple)) and first:
                 first = first[0]
+            elif isinstance(first, QuantizedWeight):  # what is computed with it has the dtype
+                first = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
             by_choice = backends.forced is not None or getattr(first, "is_cuda", False)
             if by_choice and _chosen(name, first) == "reference":
                 return reference(*args, **kwargs)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import backends
 
@@ -26,7 +27,8 @@ def _public_name(name: str) -> str:
     from .registry import OPS
 
     plain = name.removesuffix("_out").removesuffix("_bwd")
-    return plain if plain in OPS else next((op.name for op in OPS.values() if plain in op.overloads), plain)
+    behind = (op.name for op in OPS.values() if plain in op.overloads or name in op.overloads)
+    return plain if plain in OPS else next(behind, plain)
 
 
 def _written(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -40,12 +42,23 @@ def _argument_names(name: str) -> list[str]:
     return [argument.name for argument in getattr(torch.ops.genai_kernels, name).default._schema.arguments]
 
 
+# Arguments that are read on the CPU, wherever the others are.
+_ON_CPU = ("rng_state", "adapter_ids", "scalings", "columns")
+
+
+def _placed(name: str, args: tuple[Any, ...]) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a call, in lists too, that must be where the first is, and their names."""
+    return [
+        (argument, t)
+        for argument, value in zip(_argument_names(name), args, strict=False)
+        for t in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(t, torch.Tensor) and argument not in _ON_CPU
+    ]
+
+
 def _check_one_device(name: str, args: tuple[Any, ...]) -> None:
-    """All tensors where the first is, but for the state of the random numbers, which is read on the CPU."""
     first = None
-    for argument, value in zip(_argument_names(name), args, strict=False):
-        if not isinstance(value, torch.Tensor) or argument == "rng_state":
-            continue
+    for argument, value in _placed(name, args):
         if first is None:
             first = argument, value.device
         elif value.device != first[1]:
@@ -101,16 +114,19 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
 
 
 _triton: dict[str, Callable[..., Any]] = {}  # the same ops in Triton, once triton_lib.load() has run
-_with_float64: set[str] = set()  # of these, those with parameters that may be float64
+_with_float64: dict[str, int] = {}  # of these, which tensors may be float64: those from this one on
 
 
-def in_triton(name: str, float64_parameters: bool = False) -> Callable[[F], F]:
-    """Declares a function as the torch op `name` in Triton: the same arguments and results."""
+def in_triton(name: str, float64_parameters: bool = False, float64: bool = False) -> Callable[[F], F]:
+    """Declares a function as the torch op `name` in Triton: the same arguments and results.
+
+    With `float64_parameters` other tensors than the first may be float64, with `float64` all.
+    """
 
     def decorate(function: F) -> F:
         _triton[name] = function
-        if float64_parameters:
-            _with_float64.add(name)
+        if float64_parameters or float64:
+            _with_float64[name] = 0 if float64 else 1
         return function
 
     return decorate
@@ -127,8 +143,9 @@ def _run_in_triton(name: str, args: tuple[Any, ...]) -> Any:
         raise NotImplementedError(
             f'genai_kernels.{public}: it has no Triton kernel; use another backend than use_backend("triton")'
         )
-    is_parameter = [name in _with_float64 and getattr(a, "dtype", None) == torch.float64 for a in args[1:]]
-    triton_lib.check_place(public, (args[0], *(a for a, skip in zip(args[1:], is_parameter, strict=True) if not skip)))
+    placed = [t for _, t in _placed(name, args)]
+    first = _with_float64.get(name, len(placed))
+    triton_lib.check_place(public, (*placed[:first], *(t for t in placed[first:] if t.dtype != torch.float64)))
     if result_of == name:
         return _triton[name](*args)
     outs = _written(name, args)
@@ -143,7 +160,9 @@ def _run_on_cuda(name: str, *args: Any) -> Any:
     """A torch op on CUDA tensors, without its gradient."""
     _check_one_device(name, args)
     first, public = args[0], _public_name(name)
-    backend = backends.kernel_on_cuda(public, backends.capability_of(first.device), first.dtype)
+    # the first is bytes where it is of a quantized weight
+    dtype = next((t.dtype for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()), first.dtype)
+    backend = backends.kernel_on_cuda(public, backends.capability_of(first.device), dtype)
     with torch.cuda.device(first.device):
         if backend == "triton":
             return _run_in_triton(name, args)
@@ -186,6 +205,29 @@ def kernel(name: str) -> Callable[..., Any]:
             raise NotImplementedError(
                 f"genai_kernels.{_public_name(name)}: it has no gradient; call it under torch.no_grad()"
             )
+        return dispatched(*args)
+
+    return call
+
+
+class _InInterpreter(TorchDispatchMode):
+    """Answers for the torch ops in Triton's interpreter, below what records their gradients."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "genai_kernels":
+            return _run_in_triton(func.name().removeprefix("genai_kernels::"), args)
+        return func(*args, **(kwargs or {}))
+
+
+def kernel_of_lists(name: str) -> Callable[..., Any]:
+    """The torch op `name` that takes lists of tensors, whose gradients only the dispatcher records."""
+    dispatched = getattr(torch.ops.genai_kernels, name).default
+    _implement_on_cuda(name)
+
+    def call(*args: Any) -> Any:
+        if not is_dynamo_compiling() and backends.forced == "triton" and args[0].device.type == "cpu":
+            with _InInterpreter():
+                return dispatched(*args)
         return dispatched(*args)
 
     return call

@@ -1,5 +1,6 @@
 """The demonstration, in chapters: a character-level language model trained with these kernels and with the eager
-reference; a Llama that serves several requests at once.
+reference; a Llama that serves several requests at once; the same adapted to other registers; diffusion models that
+paint digits and fill holes of photographs.
 
 Runs the programs of python_models/ of a checkout.
 """
@@ -16,6 +17,8 @@ TAKES_MORE = True
 CHAPTERS = {
     "training": ["python_models.char_lm", "demo"],
     "serving": ["python_models.serving_demo"],
+    "adapters": ["python_models.lora_demo"],
+    "painting": ["python_models.diffusion_demo"],
 }
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import backends
 from ..accuracy import Verdict, verify_sample
-from ..registry import FLOATS, Op
+from ..registry import FLOATS, Op, Sample
 from .console import print_table, progress, say
 from .select import add_selection, name_of, selected_ops
 
@@ -58,10 +58,14 @@ def _closeness(verdict: Verdict) -> float:
     return verdict.error / verdict.limit if verdict.limit else 0.0
 
 
+def _samples(op: Op, backend: str) -> list[Sample]:
+    return [s for s in op.samples if not s.bench and (backend == "cpu" or not s.cpu_only)]
+
+
 def _verify(
     ops: list[Op], dtypes: list[torch.dtype], seed: int, backward: bool, device: str, kernels: list[str]
 ) -> list[Line]:
-    total = len(kernels) * len(dtypes) * sum(len([s for s in op.samples if not s.bench]) for op in ops)
+    total = len(dtypes) * sum(len(_samples(op, backend)) for op in ops for backend in kernels)
     lines = []
     with progress(total) as step:
         for backend in kernels:
@@ -69,7 +73,7 @@ def _verify(
                 for dtype in dtypes:
                     line = Line(op, dtype, backend)
                     lines.append(line)
-                    for sample in (s for s in op.samples if not s.bench):
+                    for sample in _samples(op, backend):
                         step(f"{op.name} {name_of(dtype)} {sample.name}")
                         try:
                             with backends.use_backend(backend):

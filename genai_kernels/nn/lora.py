@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-from ..ops.lora_linear import LoRAAdapter, lora_linear, lora_linear_multi
+from ..ops.linear import linear as plain_linear
+from ..ops.lora_linear import (
+    LoRAAdapter,
+    LoRAMerge,
+    dora_linear,
+    lora_linear,
+    lora_linear_multi,
+    merge_lora_,
+    unmerge_lora_,
+)
+from ..quantized import QuantizedWeight
+from .frozen import DoraNorm, FrozenLinear
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -17,24 +28,15 @@ def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def _take_base(layer: torch.nn.Linear, linear: torch.nn.Linear) -> None:
-    layer.weight, layer.bias = linear.weight, linear.bias
-    layer.train(linear.training)
-
-
-def _freeze(layer: torch.nn.Linear) -> None:
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None:
-            parameter.requires_grad_(False)
-
-
-class LoRALinear(torch.nn.Linear):
-    """A frozen linear layer and one adapter that learns: `genai_kernels.lora_linear`.
+class LoRALinear(FrozenLinear):
+    """A frozen linear layer and one adapter that learns: `genai_kernels.lora_linear`, or `dora_linear`.
 
     Args:
         in_features, out_features, bias, device, dtype: as of `torch.nn.Linear`; its weight and bias get no gradient.
         r, lora_alpha, use_rslora: as in PEFT's LoraConfig: `scaling` is lora_alpha / r, or lora_alpha / sqrt(r).
         lora_dropout: in training, the probability of dropping an element on its way to the adapter.
+        use_dora: DoRA: lora_magnitude_vector `[out]` learns too, the lengths of the weight's rows at first.
+        quantize: "int8", "int4" or "nf4": QLoRA, the weight in few bits, as `base`; `weight` is None then.
         adapter_dtype: of lora_A `[r, in]` and lora_B `[out, r]`. At first the adapter adds nothing: lora_B is 0.
 
     >>> import torch
@@ -54,30 +56,47 @@ class LoRALinear(torch.nn.Linear):
         lora_alpha: float = 8.0,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        quantize: str | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
+        self._merge: LoRAMerge | torch.Tensor | None = None  # while merged: what unmerge needs
+        self._norm = DoraNorm()
         if r < 1:
             raise ValueError(f"LoRALinear: r: expected at least 1, got {r}")
         self.lora_A = torch.nn.Parameter(torch.empty(r, in_features, device=device, dtype=adapter_dtype))
         self.lora_B = torch.nn.Parameter(torch.zeros(out_features, r, device=device, dtype=adapter_dtype))
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        _freeze(self)
+        self.lora_magnitude_vector: torch.nn.Parameter | None = None
+        self.freeze(quantize)
+        if use_dora:
+            self._begin_dora()
+
+    def _begin_dora(self) -> None:
+        if self.lora_A.is_meta:
+            lengths = torch.empty(self.out_features, device="meta")
+        else:
+            lengths = self._norm(self.base, self.lora_A, self.lora_B, self.scaling)
+        self.lora_magnitude_vector = torch.nn.Parameter(lengths.detach().clone().to(self.lora_A.dtype))
 
     @classmethod
-    def from_linear(cls, linear: torch.nn.Linear, **options: Any) -> LoRALinear:
-        """With the weight and the bias of another layer, which it shares; options as above."""
+    def from_linear(
+        cls, linear: torch.nn.Linear, *, use_dora: bool = False, quantize: str | None = None, **options: Any
+    ) -> LoRALinear:
+        """With the weight and the bias of another layer, which it shares unless quantized; options as above."""
         device = linear.weight.device
         layer = cls(linear.in_features, linear.out_features, False, device="meta", dtype=linear.weight.dtype, **options)
         for name in ("lora_A", "lora_B"):
             empty = torch.zeros_like(getattr(layer, name), device=device)
             setattr(layer, name, torch.nn.Parameter(empty))
         torch.nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
-        _take_base(layer, linear)
-        _freeze(layer)
+        layer.take(linear, quantize)
+        if use_dora:
+            layer._begin_dora()
         return layer
 
     @property
@@ -92,18 +111,79 @@ class LoRALinear(torch.nn.Linear):
         """The adapter as `lora_linear_multi` takes it."""
         return LoRAAdapter(self.lora_A, self.lora_B, self.scaling)
 
+    @property
+    def use_dora(self) -> bool:
+        return self.lora_magnitude_vector is not None
+
+    @property
+    def merged(self) -> bool:
+        return self._merge is not None
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        dropout = self.lora_dropout if self.training else 0.0
-        return lora_linear(input, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, dropout)
+        if self.merged:
+            return plain_linear(input, self.weight, self.bias)
+        dropout, base = self.lora_dropout if self.training else 0.0, self.base
+        if self.lora_magnitude_vector is None:
+            return lora_linear(input, base, self.lora_A, self.lora_B, self.scaling, self.bias, dropout)
+        norm = None if self.training else self._norm(base, self.lora_A, self.lora_B, self.scaling)
+        return dora_linear(
+            input, base, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.bias, dropout,
+            norm=norm,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def merge(self) -> torch.Tensor:
+        """Puts the adapter into the weight, in place, as long as it is not to learn: forward is a plain product then.
+
+        Returns:
+            float32 `[out]`: an output differs from the unmerged layer's by at most this times the length of the input,
+            before it is rounded (`LoRAMerge.error_bound`).
+
+        Raises:
+            RuntimeError: a layer that is merged already.
+            NotImplementedError: a quantized weight, whose steps are larger than what adapters add.
+        """
+        if self.merged:
+            raise RuntimeError("LoRALinear.merge: expected a layer that is not merged; call unmerge() first")
+        if isinstance(self.base, QuantizedWeight):
+            raise NotImplementedError(
+                f"LoRALinear.merge: expected a weight of floating point, got {self.base.kind}; leave it unmerged"
+            )
+        if self.lora_magnitude_vector is None:
+            self._merge = merge_lora_(self.weight, self.lora_A, self.lora_B, self.scaling)
+            return self._merge.error_bound
+        factor = self.lora_magnitude_vector.float() / self._norm(self.base, self.lora_A, self.lora_B, self.scaling)
+        self._merge = self.weight.detach().clone()  # a factor cannot be taken out again, to the bit
+        wide = self.weight.float() if self.weight.dtype != torch.float64 else self.weight.clone()
+        bound = merge_lora_(wide, self.lora_A.to(wide.dtype), self.lora_B.to(wide.dtype), self.scaling).error_bound
+        self.weight.copy_(wide * factor[:, None])
+        roundoff = 2 * torch.finfo(self.weight.dtype).eps
+        return bound * factor.abs().float() + roundoff * torch.linalg.vector_norm(self.weight, dim=1).float()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Gives the weight the bits that it had before `merge`.
+
+        Raises:
+            RuntimeError: a layer that is not merged.
+        """
+        if self._merge is None:
+            raise RuntimeError("LoRALinear.unmerge: expected a layer that is merged; call merge() first")
+        if isinstance(self._merge, LoRAMerge):
+            unmerge_lora_(self.weight, self.lora_A, self.lora_B, self.scaling, self._merge)
+        else:
+            self.weight.copy_(self._merge)
+        self._merge = None
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha:g}, lora_dropout={self.lora_dropout:g}"
+        of_adapter = f"r={self.r}, lora_alpha={self.lora_alpha:g}, lora_dropout={self.lora_dropout:g}"
+        return f"{super().extra_repr()}, {of_adapter}{', use_dora=True' if self.use_dora else ''}"
 
 
-class MultiLoRALinear(torch.nn.Linear):
+class MultiLoRALinear(FrozenLinear):
     """A frozen linear layer and many adapters, of which every row may have another: `genai_kernels.lora_linear_multi`.
 
-    Args: those of `torch.nn.Linear`.
+    Args: those of `torch.nn.Linear`, and `quantize` as of `LoRALinear`.
 
     >>> import torch
     >>> from genai_kernels.nn import MultiLoRALinear
@@ -120,18 +200,19 @@ class MultiLoRALinear(torch.nn.Linear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        quantize: str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.lora_A, self.lora_B = torch.nn.ParameterDict(), torch.nn.ParameterDict()
         self.scalings: dict[str, float] = {}
-        _freeze(self)
+        self.freeze(quantize)
 
     @classmethod
-    def from_linear(cls, linear: torch.nn.Linear) -> MultiLoRALinear:
-        """With the weight and the bias of another layer, which it shares."""
+    def from_linear(cls, linear: torch.nn.Linear, *, quantize: str | None = None) -> MultiLoRALinear:
+        """With the weight and the bias of another layer, which it shares unless quantized."""
         layer = cls(linear.in_features, linear.out_features, False, device="meta", dtype=linear.weight.dtype)
-        _take_base(layer, linear)
-        _freeze(layer)
+        layer.take(linear, quantize)
         return layer
 
     def add_adapter(
@@ -186,4 +267,4 @@ class MultiLoRALinear(torch.nn.Linear):
                 raise ValueError(f"MultiLoRALinear: adapters: expected {len(input)} names, got {len(ids)}")
             rows = input.shape[:-1]
             adapters = ids.view(-1, *[1] * (len(rows) - 1)).expand(rows) if rows else ids[0]
-        return lora_linear_multi(input, self.weight, self.adapters(), adapters, self.bias)
+        return lora_linear_multi(input, self.base, self.adapters(), adapters, self.bias)

@@ -14,10 +14,11 @@ import torch
 from .lora import LoRALinear, MultiLoRALinear
 
 PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Parts of PEFT's configuration that these layers have no counterpart of, and what says that they are not used.
 _ABSENT: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None), "lora_bias": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
+    "lora_bias": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
     "modules_to_save": (None, []), "target_parameters": (None, []), "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []), "use_qalora": (False, None), "use_bdlora": (False, None, {}),
     "layer_replication": (None, []),
@@ -58,7 +59,8 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     """Writes the adapters of all `LoRALinear` of a model as PEFT's `save_pretrained` does.
 
     Raises:
-        ValueError: a model without such a layer; layers that differ in dropout or rsLoRA, which PEFT has one of.
+        ValueError: a model without such a layer; layers that differ in dropout, rsLoRA or DoRA, which PEFT has one of;
+            a merged layer.
         ImportError: without the package safetensors.
     """
     from safetensors.torch import save_file
@@ -66,15 +68,18 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("save_adapter: model: expected a LoRALinear in it, got none")
-    shared = {(m.lora_dropout, m.use_rslora) for m in layers.values()}
+    shared = {(m.lora_dropout, m.use_rslora, m.use_dora) for m in layers.values()}
     if len(shared) > 1:
-        raise ValueError(f"save_adapter: model: expected one lora_dropout and use_rslora, got {sorted(shared)}")
-    (dropout, rslora), folder = shared.pop(), Path(folder)
+        raise ValueError(
+            f"save_adapter: model: expected one lora_dropout, use_rslora and use_dora, got {sorted(shared)}"
+        )
+    (dropout, rslora, dora), folder = shared.pop(), Path(folder)
     r = Counter(m.r for m in layers.values()).most_common(1)[0][0]
     alpha = Counter(m.lora_alpha for m in layers.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
-        "fan_in_fan_out": False, "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora,
+        "fan_in_fan_out": False, "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
+        "use_rslora": rslora, "use_dora": dora,
         "target_modules": sorted(layers),
         "rank_pattern": {name: m.r for name, m in layers.items() if m.r != r},
         "alpha_pattern": {name: m.lora_alpha for name, m in layers.items() if m.lora_alpha != alpha},
@@ -85,6 +90,8 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     for name, m in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = m.lora_A.detach().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = m.lora_B.detach().contiguous()
+        if m.lora_magnitude_vector is not None:
+            tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = m.lora_magnitude_vector.detach().contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -99,7 +106,8 @@ def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "defaul
 
     Raises:
         FileNotFoundError: a file that is not there.
-        NotImplementedError: a variant of LoRA that these layers are not (DoRA, trained biases, ...), by its name.
+        NotImplementedError: a variant of LoRA that these layers are not (trained biases, ...), by its name; DoRA for a
+            `MultiLoRALinear`.
         ValueError: tensors without a layer, of another shape, or without their pair.
         ImportError: without the package safetensors.
     """
@@ -115,35 +123,36 @@ def load_adapter(model: torch.nn.Module, folder: str | Path, name: str = "defaul
     tensors = load_file(folder / WEIGHTS)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.*)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(re.escape(PREFIX) + rf"(.*)\.(lora_A|lora_B|{MAGNITUDE})(\.weight)?", key)
         if not match:
             raise ValueError(f"load_adapter: {WEIGHTS}: expected names of lora_A and lora_B, got {key}")
         pairs.setdefault(match[1], {})[match[2]] = tensor
-    layers = {layer: _linear(model, layer) for layer in pairs}
+    layers, dora = {layer: _linear(model, layer) for layer in pairs}, bool(config.get("use_dora"))
     for layer, pair in pairs.items():
         linear = layers[layer]
-        if sorted(pair) != ["A", "B"]:
-            raise ValueError(f"load_adapter: {layer}: expected lora_A and lora_B, got lora_{next(iter(pair))} alone")
-        r, shapes = len(pair["A"]), [list(pair[k].shape) for k in "AB"]
-        if shapes != [[r, linear.in_features], [linear.out_features, r]]:
-            raise ValueError(
-                f"load_adapter: {layer}: expected [r, {linear.in_features}] and [{linear.out_features}, r], "
-                f"got {shapes}"
-            )
+        names = ["lora_A", "lora_B", *([MAGNITUDE] if dora else [])]
+        if sorted(pair) != names:
+            raise ValueError(f"load_adapter: {layer}: expected {' and '.join(names)}, got {' and '.join(sorted(pair))}")
+        r, found = len(pair["lora_A"]), [list(pair[k].shape) for k in names]
+        shapes = [[r, linear.in_features], [linear.out_features, r], [linear.out_features]][: len(names)]
+        if found != shapes:
+            raise ValueError(f"load_adapter: {layer}: expected {names} of shapes {shapes}, r of any size, got {found}")
+        if dora and isinstance(linear, MultiLoRALinear):
+            raise NotImplementedError(f"load_adapter: use_dora: expected False for {layer}, of many adapters, got True")
     for layer, pair in pairs.items():
-        linear, r = layers[layer], len(pair["A"])
+        linear, r = layers[layer], len(pair["lora_A"])
         alpha = next((a for p, a in (config.get("alpha_pattern") or {}).items() if _fits(p, layer)), None)
         alpha, rslora = config.get("lora_alpha", 8) if alpha is None else alpha, bool(config.get("use_rslora"))
         if isinstance(linear, MultiLoRALinear):
-            linear.add_adapter(name, pair["A"], pair["B"], alpha, rslora)
+            linear.add_adapter(name, pair["lora_A"], pair["lora_B"], alpha, rslora)
             continue
         new = LoRALinear.from_linear(
-            linear, r=r, lora_alpha=alpha, use_rslora=rslora, adapter_dtype=pair["A"].dtype,
-            lora_dropout=config.get("lora_dropout") or 0.0,
+            linear, r=r, lora_alpha=alpha, use_rslora=rslora, adapter_dtype=pair["lora_A"].dtype,
+            lora_dropout=config.get("lora_dropout") or 0.0, use_dora=dora,
         )  # fmt: skip
         with torch.no_grad():
-            new.lora_A.copy_(pair["A"])
-            new.lora_B.copy_(pair["B"])
+            for key, tensor in pair.items():
+                getattr(new, key).copy_(tensor)
         _put(model, layer, new)
     return list(pairs)
 

@@ -58,6 +58,10 @@ DENSE = [
     Sample("head_dim_1", lambda m: qkv(m, d=1, dv=3)),
     Sample("head_dim_300", lambda m: qkv(m, b=1, tq=30, h=1, d=300)),
     Sample("head_dim_128", lambda m: qkv(m, b=1, tq=200, h=2, d=128, causal=True)),
+    Sample("head_dim_40", lambda m: qkv(m, b=1, tq=70, tk=77, h=2, d=40, return_lse=True)),
+    Sample("head_dim_80", lambda m: qkv(m, b=1, tq=150, h=2, d=80)),
+    Sample("head_dim_160", lambda m: qkv(m, b=1, tq=64, h=2, d=160)),
+    Sample("head_dim_512", lambda m: qkv(m, b=1, tq=140, h=1, d=512)),
     Sample("several_tiles", lambda m: qkv(m, b=1, tq=300, tk=517, h=3, hk=1, d=64, return_lse=True)),
     Sample("window", lambda m: qkv(m, b=1, tq=300, d=32, window_size=(40, 0), return_lse=True)),
     Sample("window_two_sided", lambda m: qkv(m, b=1, tq=280, tk=310, h=4, hk=2, window_size=(20, 33))),
@@ -139,6 +143,13 @@ def _c_fp32(q, k, *args, **options):
     return 8 + math.sqrt(k.shape[-3]) / 4
 
 
+def _image_bench(queries: int, keys: int, heads: int, d: int) -> Sample:
+    """Of Stable Diffusion's layers: an image to itself or to a prompt of 77 tokens."""
+    flops = 4.0 * heads * d * queries * keys
+    return Sample(f"q{queries}_k{keys}_h{heads}_d{d}", lambda m: qkv(m, b=1, tq=queries, tk=keys, h=heads, d=d),
+                  bench=True, flops=flops, backward_flops=2.5 * flops, peers=("eager", "sdpa"))  # fmt: skip
+
+
 def _bench(n: int, d: int, causal: bool, heads: int = 4, window: int | None = None) -> Sample:
     pairs = n * (n + 1) / 2 if causal else n * n
     name = f"n{n}_d{d}" + ("_causal" if causal else "")
@@ -153,6 +164,8 @@ def _bench(n: int, d: int, causal: bool, heads: int = 4, window: int | None = No
 
 
 DENSE += [_bench(n, d, causal) for d in (64, 128) for n in (512, 2048, 8192) for causal in (False, True)]
+DENSE += [_image_bench(*sizes) for sizes in ((4096, 4096, 8, 40), (1024, 1024, 8, 80), (256, 256, 8, 160),
+                                             (4096, 77, 8, 40), (4096, 4096, 1, 512))]  # fmt: skip
 DENSE += [_bench(n, 64, False, window=w) for n in (4096, 8192, 16384) for w in (256, 512, 1024)]
 
 _ACCURACY = Accuracy(forward=(1.0, 1.0), backward=(1.5, 1.1), c_low=4.0, c_fp32=_c_fp32)

@@ -26,7 +26,7 @@ _REDUCTIONS = ("none", "sum", "mean")
     accuracy=Accuracy(backward=(1.25, 1.1), c_fp32=lambda x, *_, **__: math.sqrt(max(64, x.shape[-1]))),
     magnitude=magnitude,
     overloads=("fused_linear_cross_entropy", "fused_linear_cross_entropy_bwd"),
-    gpu=(),
+    gpu=("triton",),
 )
 def fused_linear_cross_entropy(
     x: torch.Tensor,

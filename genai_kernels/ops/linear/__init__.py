@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ...registry import Accuracy, Make, Sample, op
+from ...rows import as_rows, sum_rows
 from ...torch_ops import autograd, fake, kernel, no_double_backward
 
 __all__ = ["linear"]
@@ -55,7 +56,7 @@ SAMPLES = [
     Sample("transposed_weight", lambda m: ((m(20, 70), m(70, 36, scale=0.1).t()), {})),
     Sample("strided", lambda m: ((m(40, 30).t()[:, ::2], m(24, 60)[:, ::3], m(48)[::2]), {})),
     Sample("expanded", lambda m: ((m(1, 50).expand(6, 50), m(1, 50).expand(9, 50)), {})),
-    Sample("outlier_channels", lambda m: ((m(30, 128) * (1 + 99 * (torch.arange(128) % 37 == 0)).to(m.dtype),
+    Sample("outlier_channels", lambda m: ((m(30, 128) * (1 + 99 * (torch.arange(128) % 37 == 0)).to(m.device, m.dtype),
                                            m(40, 128, scale=0.1)), {})),
     Sample("no_input", lambda m: _call(m, (3,), 0, 5, bias=True)),
     Sample("no_rows", lambda m: _call(m, (0,), 8, 5)),
@@ -69,7 +70,7 @@ SAMPLES = [
     accuracy=Accuracy(backward=(1.25, 1.05), c_fp32=lambda x, *_: math.sqrt(max(64, x.shape[-1]))),
     magnitude=_magnitude,
     overloads=("linear", "linear_dx", "linear_dw"),
-    gpu=(),
+    gpu=("triton",),
 )
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x W' + b`, with bits of a row that depend on that row alone.
@@ -99,9 +100,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return _linear(x, weight, bias)
     if x.dim() == 0:
         raise ValueError("genai_kernels.linear: x: expected [..., in], got shape []")
-    return _linear(
-        x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), x.shape[-1]), weight, bias
-    ).view(*x.shape[:-1], -1 if weight.dim() < 1 else weight.shape[0])
+    return _linear(as_rows(x), weight, bias).view(*x.shape[:-1], -1 if weight.dim() < 1 else weight.shape[0])
 
 
 @fake("linear")
@@ -130,13 +129,8 @@ def _backward(ctx, dy):
     return (
         _linear_dx(dy, weight) if for_x else None,
         _linear_dw(dy, x) if for_weight else None,
-        _sum_rows(dy) if for_bias else None,
+        sum_rows(dy) if for_bias else None,
     )
-
-
-def _sum_rows(dy: torch.Tensor) -> torch.Tensor:
-    """The sum over rows, a product with ones: in the order of the other gradients, whatever the threads."""
-    return _linear_dw(dy, dy.new_ones(1, 1).expand(len(dy), 1)).view(-1)
 
 
 autograd("linear", _save, _backward)

@@ -1,13 +1,15 @@
-"""lora_linear and lora_linear_multi in plain PyTorch, as PEFT computes them: the layer, then each adapter, added up."""
+"""lora_linear and its kin in plain PyTorch, as PEFT computes them: the layer, then each adapter, added up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ...philox import MASK32, philox
+from ...quantized import QuantizedWeight, dense
 from .adapters import LoRAAdapter
 from .multi import ids_by_row
 
@@ -33,7 +35,7 @@ def _dropped(x: torch.Tensor, p: float, seed: int | None) -> torch.Tensor:
 
 def lora_linear_reference(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float = 1.0,
@@ -42,16 +44,16 @@ def lora_linear_reference(
     seed: int | None = None,
 ) -> torch.Tensor:
     """The same in plain PyTorch."""
-    base = F.linear(x, weight, bias)
+    base = F.linear(x, dense(weight, x.dtype), bias)
     added = F.linear(F.linear(_dropped(x, dropout_p, seed).to(lora_a.dtype), lora_a), lora_b) * scaling
     return (base + added).to(x.dtype)
 
 
 def lora_linear_multi_reference(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     adapters: Sequence[LoRAAdapter],
-    adapter_ids: torch.Tensor,
+    adapter_ids: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     *,
     cu_seqlens: torch.Tensor | None = None,
@@ -59,8 +61,9 @@ def lora_linear_multi_reference(
     seed: int | None = None,
 ) -> torch.Tensor:
     """The same in plain PyTorch: a loop over the adapters."""
-    ids = ids_by_row(adapter_ids, x.shape[:-1], cu_seqlens)
-    y = F.linear(x, weight, bias).reshape(len(ids), len(weight))
+    ids = ids_by_row("lora_linear_multi", adapter_ids, x.shape[:-1], cu_seqlens, len(adapters))
+    base = F.linear(x, dense(weight, x.dtype), bias)
+    y = base.reshape(len(ids), base.shape[-1])
     dtype = torch.promote_types(x.dtype, adapters[0].lora_a.dtype) if adapters else x.dtype
     y, rows = y.to(dtype), _dropped(x, dropout_p, seed).reshape(len(ids), x.shape[-1])
     for i, adapter in enumerate(adapters):
@@ -70,3 +73,47 @@ def lora_linear_multi_reference(
         added = F.linear(F.linear(part, adapter.lora_a), adapter.lora_b) * adapter.scaling
         y = y.index_put((which[:, None], torch.arange(begin, end, device=x.device)), added.to(dtype), accumulate=True)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+
+
+def dora_norm_reference(
+    weight: torch.Tensor | QuantizedWeight, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float = 1.0
+) -> torch.Tensor:
+    """The same in plain PyTorch: the whole matrix, then the norms of its rows."""
+    built = dense(weight, lora_a.dtype).to(lora_a.dtype) + scaling * (lora_b @ lora_a)
+    return torch.linalg.vector_norm(built, dim=1).detach().to(torch.promote_types(torch.float32, lora_a.dtype))
+
+
+def dora_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float = 1.0,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    *,
+    norm: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in plain PyTorch."""
+    norm = dora_norm_reference(weight, lora_a, lora_b, scaling) if norm is None else norm
+    added = F.linear(F.linear(_dropped(x, dropout_p, seed).to(lora_a.dtype), lora_a), lora_b) * scaling
+    y = magnitude / norm * (F.linear(x, dense(weight, x.dtype)) + added)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def gated_reference(gate: Callable[[torch.Tensor], torch.Tensor], gate_last: bool) -> Callable[..., torch.Tensor]:
+    def reference(
+        x: torch.Tensor,
+        weight: torch.Tensor | QuantizedWeight,
+        bias: torch.Tensor | None = None,
+        adapters: Sequence[LoRAAdapter] = (),
+        adapter_ids: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """The same in plain PyTorch: the layer, then the gate."""
+        first, second = lora_linear_multi_reference(x, weight, adapters, adapter_ids, bias, **options).chunk(2, dim=-1)
+        return first * gate(second) if gate_last else gate(first) * second
+
+    return reference

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ...quantized import QuantizedWeight
 from ...registry import Accuracy, Make, Sample, op
+from ...rows import as_rows, sum_rows
 from ...torch_ops import autograd, fake, kernel, no_double_backward
 from .quantize import dequantize, quantize_int4, quantize_int8, quantize_nf4
 
@@ -22,11 +23,12 @@ __all__ = [
     "quantize_int4",
     "quantize_int8",
     "quantize_nf4",
+    "w8a8_linear",
 ]
 
 _quantized_linear = kernel("quantized_linear")
 _quantized_linear_dx = kernel("quantized_linear_dx")
-_linear_dw = kernel("linear_dw")
+_w8a8_linear = kernel("w8a8_linear")
 
 
 def quantized_linear_reference(
@@ -56,7 +58,7 @@ def _samples(quantize: Callable[..., QuantizedWeight], groups: Sequence[int | No
         weight[3] = 0
         weight[7] = -0.25
         weight[:, 70:] *= 30
-        x = m(30, 160) * (1 + 99 * (torch.arange(160) % 37 == 0))
+        x = m(30, 160) * (1 + 99 * (torch.arange(160) % 37 == 0)).to(m.device)
         return (x.to(m.dtype), quantize(weight, groups[0])), {}
 
     def bench(rows: int, width: int) -> Sample:
@@ -96,12 +98,16 @@ def _declared(quantize: Callable[..., QuantizedWeight], *groups: int | None) -> 
         "accuracy": Accuracy(backward=(1.25, 1.05), c_fp32=lambda x, *_: math.sqrt(max(64, x.shape[-1]))),
         "magnitude": _magnitude,
         "overloads": ("quantized_linear", "quantized_linear_dx"),
-        "gpu": (),
+        "gpu": ("triton",),
     }
 
 
-def _run(kind: str, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    name = f"genai_kernels.{kind}_linear"
+def _run(
+    name: str, run: Callable[..., torch.Tensor], x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A checked call of `run(rows, weight, bias)`, with x as rows."""
+    kind = "int8" if name == "w8a8_linear" else name.removesuffix("_linear")
+    name = f"genai_kernels.{name}"
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"{name}: weight: expected a QuantizedWeight, got {type(weight).__name__}")
     if weight.kind != kind:
@@ -111,11 +117,14 @@ def _run(kind: str, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor
             f"{name}: weight.data: expected {weight.shape[0]} rows as its shape says, got {list(weight.data.shape)}"
         )
     if x.dim() == 2:
-        return _quantized_linear(x, *weight.arguments(), bias)
+        return run(x, weight, bias)
     if x.dim() == 0:
         raise ValueError(f"{name}: x: expected [..., in], got shape []")
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
-    return _quantized_linear(rows, *weight.arguments(), bias).view(*x.shape[:-1], weight.shape[0])
+    return run(as_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _unpacked(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return _quantized_linear(x, *weight.arguments(), bias)
 
 
 @op(**_declared(quantize_int8, None, 32, 128))
@@ -145,7 +154,7 @@ def int8_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | N
     >>> gk.int8_linear(torch.tensor([[1.0, 2.0]]), weight, torch.tensor([0.5, 0.0]))
     tensor([[135.5000, 508.0000]])
     """
-    return _run("int8", x, weight, bias)
+    return _run("int8_linear", _unpacked, x, weight, bias)
 
 
 @op(**_declared(quantize_int4, 32, 64, 128))
@@ -159,7 +168,7 @@ def int4_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | N
     >>> gk.int4_linear(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), weight)
     tensor([[8.]])
     """
-    return _run("int4", x, weight, bias)
+    return _run("int4_linear", _unpacked, x, weight, bias)
 
 
 @op(**_declared(quantize_nf4, 64, 32, 128))
@@ -173,7 +182,80 @@ def nf4_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | No
     >>> gk.nf4_linear(torch.tensor([[3.0, 1.0, 4.0]]), weight)
     tensor([[2.]])
     """
-    return _run("nf4", x, weight, bias)
+    return _run("nf4_linear", _unpacked, x, weight, bias)
+
+
+def w8a8_linear_reference(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The same in plain PyTorch. Rows of x are quantised in float32 whatever their dtype."""
+    rows = _quantized_rows(x)
+    return F.linear(rows, weight.dense(x.dtype), bias)
+
+
+def _quantized_rows(x: torch.Tensor) -> torch.Tensor:
+    """What stands for x, in its dtype."""
+    largest = x.float().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1)).float()
+    largest = torch.where(largest.isfinite(), largest, torch.nan)
+    most = largest.new_tensor(127.0)  # a number over a tensor would be a product with the reciprocal: rounded twice
+    steps = (x.float() * (most / largest.clamp_min(2.0**-100))).round()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (steps.to(wide) * (largest / 127).to(wide)).to(x.dtype)
+
+
+def _w8a8_magnitude(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return _magnitude(_quantized_rows(x), weight, bias)
+
+
+@op(
+    reference=w8a8_linear_reference,
+    samples=_samples(quantize_int8, (None,)),
+    accuracy=Accuracy(c_fp32=lambda x, *_: math.sqrt(max(64, x.shape[-1]))),
+    magnitude=_w8a8_magnitude,
+    differentiable=False,
+    overloads=("w8a8_linear",),
+    gpu=("triton",),
+)
+def w8a8_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x W' + b` in products of int8: rows of x are quantised as they come, sums are exact integers.
+
+    A row has the scale `max|x| / 127` and the nearest multiples of it, ties to even. The result is the sum of the
+    integers times both scales, in float32. It has the same bits on every instruction set, and those of a row depend on
+    that row alone. A row that is not finite gives NaN. Without a gradient.
+
+    Args:
+        x: `[..., in]`, float32, bfloat16 or float16, any strides; `in` of at most 131072.
+        weight: of `quantize_int8` with a scale for each row, `[out, in]`.
+        bias: `[out]`, dtype of x, or None.
+
+    Returns:
+        `[..., out]`, dtype of x.
+
+    Raises:
+        ValueError: a shape that does not fit; a weight with groups.
+        TypeError: a dtype or a kind of weight that does not fit.
+        NotImplementedError: more than 131072 inputs; a gradient is wanted.
+
+    Peer: torchao's `Int8DynamicActivationInt8WeightConfig`.
+
+    >>> import torch, genai_kernels as gk
+    >>> weight = gk.quantize_int8(torch.tensor([[127.0, 4.2], [0.0, 254.0]]))
+    >>> gk.w8a8_linear(torch.tensor([[1.0, 127.0]]), weight)
+    tensor([[  635., 32258.]])
+    """
+    if isinstance(weight, QuantizedWeight) and weight.group_size:
+        raise ValueError(
+            "genai_kernels.w8a8_linear: weight: expected a scale for each row, got groups of "
+            f"{weight.group_size}; use int8_linear"
+        )
+    return _run("w8a8_linear", _w8a8, x, weight, bias)
+
+
+def _w8a8(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return _w8a8_linear(x, weight.data, weight.scale, weight.shape[1], bias)
+
+
+@fake("w8a8_linear")
+def _(x, data, scale, inputs, bias):
+    return x.new_empty(x.shape[0], data.shape[0])
 
 
 @fake("quantized_linear")
@@ -197,8 +279,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     for_x, for_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
     dx = _quantized_linear_dx(dy, *ctx.saved_tensors, *ctx.sizes) if for_x else None
-    ones = dy.new_ones(1, 1).expand(len(dy), 1)  # a product with ones sums in an order that no thread changes
-    return dx, None, None, None, None, None, None, _linear_dw(dy, ones).view(-1) if for_bias else None
+    return dx, None, None, None, None, None, None, sum_rows(dy) if for_bias else None
 
 
 autograd("quantized_linear", _save, _backward)

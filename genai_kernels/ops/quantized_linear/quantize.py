@@ -9,7 +9,7 @@ from ...quantized import NF4, SCALE_BLOCK, QuantizedWeight, pack, spread
 __all__ = ["dequantize", "quantize_int4", "quantize_int8", "quantize_nf4"]
 
 _INT8_MAX, _INT4_MAX, _CODE_MAX = 127, 15, 255
-# Scales have this many significant bits, and no scale is smaller than the least: so that the product of one with an
+# Scales have this many significant bits, and a smaller one than the least is 0: so that the product of one with an
 # integer of 8 bits is exact in float32, and a matrix that comes back from few bits goes there as it was.
 _SCALE_BITS = 16
 _LEAST_SCALE = 2.0**-100
@@ -45,11 +45,11 @@ def _groups(values: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def _scale(largest: torch.Tensor, steps: int) -> torch.Tensor:
-    """The least scale of few bits that `steps` of reach `largest`; 0 for 0."""
+    """The least scale of few bits that `steps` of reach `largest`; 0 for next to nothing."""
     exact = largest.double() / steps
     mantissa, exponent = torch.frexp(exact)
     scale = torch.ldexp((mantissa * 2**_SCALE_BITS).ceil() * 2.0**-_SCALE_BITS, exponent)
-    return torch.where(largest > 0, scale.clamp_min(_LEAST_SCALE), 0.0).float()
+    return torch.where(exact >= _LEAST_SCALE, scale, 0.0).float()
 
 
 def _in_steps(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,8 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 128) -> QuantizedWeigh
     scale = _scale(largest - least, _INT4_MAX)
     zero = _in_steps(-least, scale).clamp_(0, _INT4_MAX)
     steps = _in_steps(values, spread(scale, group_size, columns)) + spread(zero, group_size, columns)
-    at_end = values == spread(largest, group_size, columns).clamp_min(_LEAST_SCALE)
+    at_end = values == spread(torch.where(scale > 0, largest, torch.nan), group_size, columns)
+    at_end &= values > 0
     codes = torch.where(at_end, _INT4_MAX, steps).clamp_(0, _INT4_MAX)
     return QuantizedWeight(pack(codes), scale, (values.shape[0], columns), group_size, zero=zero.to(torch.uint8))
 
