@@ -91,20 +91,21 @@ def _encode(text: str, vocabulary: list[str]) -> torch.Tensor:
     return torch.from_numpy(table[codes])
 
 
-def build(files: list[tuple[str, str]], max_overlap: float = 0.1, min_count: int = 100) -> Corpus:
+def build(files: list[tuple[str, str]], max_overlap: float = 0.1, min_count: int = 100, percent: int = 8) -> Corpus:
     """Splits files into training and validation and numbers their characters.
 
     Args:
         files: `(name, text)` pairs.
         max_overlap: a validation file with a larger share of its 64-character passages in training is left out.
         min_count: a character that training has less often becomes `<unk>`.
+        percent: the share of validation, of files that are many.
 
     Raises:
         ValueError: training or validation would be empty.
     """
     train, seen = [], set()
     for name, text in files:
-        if not is_validation(name) and text not in seen and text.strip():
+        if not is_validation(name, percent) and text not in seen and text.strip():
             seen.add(text)
             train.append((name, text))
     train_text = "".join(SEPARATOR + text for _, text in train)
@@ -112,7 +113,7 @@ def build(files: list[tuple[str, str]], max_overlap: float = 0.1, min_count: int
 
     kept, dropped, largest = [], [], 0.0
     for name, text in files:
-        if not is_validation(name) or not text.strip():
+        if not is_validation(name, percent) or not text.strip():
             continue
         share = overlap(text, known)
         if share > max_overlap or text in train_text or text in seen:

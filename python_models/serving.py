@@ -14,6 +14,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ import genai_kernels as gk
 from genai_kernels.kv_cache import PagedKVCache
 from genai_kernels.kv_cache import Request as Allocation
 from python_models.llama import Llama
+from python_models.lora_serving import BASE, Adapters
 from python_models.serving_draft import Drafter
 
 
@@ -67,7 +69,8 @@ class Request:
     prompt: list[int]
     sampling: Sampling
     on_token: Callable[[Request, int], None] | None = None
-    salt: bytes = b""  # requests of one salt share cached prefixes
+    salt: bytes = b""  # requests of one salt, and one adapter, share cached prefixes
+    adapter: str = BASE
     branches: list[Branch] = field(default_factory=list)
     finished: list[Branch] = field(default_factory=list)  # beams that have come to an end
     state: str = "waiting"  # waiting, running, swapped, done, cancelled
@@ -94,6 +97,7 @@ class Engine:
             `num_swap_blocks` blocks; recomputed where those are full).
         drafter: for speculative decoding, with guesses of up to `draft_tokens` tokens; None for none.
         prefix_cache, int8: see `PagedKVCache`.
+        adapters: of the model, of which each request may name one; None: requests are for the model itself.
     """
 
     def __init__(
@@ -110,12 +114,13 @@ class Engine:
         draft_tokens: int = 4,
         prefix_cache: bool = True,
         int8: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         if preemption not in ("recompute", "swap"):
             raise ValueError(f'Engine: preemption: expected "recompute" or "swap", got {preemption!r}')
         config = model.config
         windows = {config.window_size(i)[0] for i in range(config.layers)}
-        self.model, self.config = model, config
+        self.model, self.config, self.adapters = model, config, adapters
         self.cache = PagedKVCache(
             config.layers, config.kv_heads, config.head_dim, num_blocks=num_blocks, block_size=block_size,
             like=model.embedding.weight, num_swap_blocks=num_swap_blocks, prefix_cache=prefix_cache, int8=int8,
@@ -150,6 +155,10 @@ class Engine:
         if sampling.beams + 1 > self.max_batch_tokens:
             raise ValueError(f"Engine.add: beams: expected fewer than {self.max_batch_tokens}, got {sampling.beams}")
         request = Request(prompt, sampling, **options)
+        if self.adapters is not None:
+            self.adapters.check(request.adapter)
+        elif request.adapter != BASE:
+            raise ValueError(f"Engine.add: adapter: expected {BASE}, the only one here, got {request.adapter!r}")
         request.branches = [Branch(list(prompt))]
         self.waiting.append(request)
         return request
@@ -207,13 +216,24 @@ class Engine:
             if end == len(branch.tokens):
                 rows += range(last - branch.drafted, last + 1)
                 wanted.append(branch)
-        logits = self.model(tokens, batch.positions, batch, logits_of=torch.tensor(rows, dtype=torch.int64))
+        with self._adapted(plan):
+            logits = self.model(tokens, batch.positions, batch, logits_of=torch.tensor(rows, dtype=torch.int64))
         for branch, end in plan:
             branch.computed = end
             self.blocks.commit(branch.seq, end - branch.drafted)
         self._choose(wanted, logits)
         self.steps += 1
         return len(tokens)
+
+    def _adapted(self, plan: list[tuple[Branch, int]]):
+        """The model as the requests of a step want it, each for its own tokens."""
+        if self.adapters is None:
+            return nullcontext()
+        owner = self._owner()
+        return self.adapters.routed([owner[b].adapter for b, _ in plan], [end - b.computed for b, end in plan])
+
+    def _owner(self) -> dict[Branch, Request]:
+        return {branch: request for request in self.running for branch in request.branches}
 
     def _admit(self) -> None:
         """Requests from the queue, in order, as long as there is room."""
@@ -224,7 +244,9 @@ class Engine:
                     return
                 self.cache.swap_in(request.branches[0].seq)
             else:
-                wanted = [Allocation(b.tokens, 0, request.salt) for b in request.branches]
+                # keys and values depend on the adapter: nobody finds those of another
+                number = 0 if self.adapters is None else self.adapters.numbers[request.adapter]
+                wanted = [Allocation(b.tokens, number, request.salt) for b in request.branches]
                 # one block to grow into, so that it is not preempted by its own first token
                 full = bool(self.running) and self.blocks.num_available_blocks < 2
                 if full or not self.blocks.can_allocate_batch(wanted):
@@ -297,7 +319,7 @@ class Engine:
     # ---- tokens are chosen ----
 
     def _choose(self, branches: list[Branch], logits: torch.Tensor) -> None:
-        owner = {branch: request for request in self.running for branch in request.branches}
+        owner = self._owner()
         logits_of, at = {}, 0
         for branch in branches:
             logits_of[branch] = logits[at : at + branch.drafted + 1]

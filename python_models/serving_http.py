@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import itertools
 import json
@@ -28,6 +29,7 @@ from tokenizers import Tokenizer
 
 from python_models import llama_files
 from python_models.llama_train import CHECKPOINT
+from python_models.lora_serving import BASE, Adapters
 from python_models.serving import Engine, Request, Sampling
 from python_models.serving_draft import NgramDrafter
 
@@ -66,10 +68,13 @@ class Refused(Exception):
 
 
 class EngineThread:
-    """Steps an engine whenever it has work. Every touch of the engine holds `lock`."""
+    """Steps an engine whenever it has work. Every touch of the engine holds `lock`, for as long as a step takes: the
+    event loop leaves that to threads, or to the next step.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.lock = engine, threading.Condition()
+        self.cancelled: collections.deque[Request] = collections.deque()
         # of each request: where its tokens go, and the loop that waits for them
         self.queues: dict[Request, tuple[asyncio.Queue[int | None], asyncio.AbstractEventLoop]] = {}
         self.failure: BaseException | None = None
@@ -77,25 +82,47 @@ class EngineThread:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def submit(self, prompt: list[int], sampling: Sampling, salt: bytes) -> tuple[Request, asyncio.Queue[int | None]]:
+    async def submit(
+        self, prompt: list[int], sampling: Sampling, salt: bytes, adapter: str = BASE
+    ) -> tuple[Request, asyncio.Queue[int | None]]:
         """Queues a request: its tokens arrive in the queue, and None behind the last one."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[int | None]()
 
         def on_token(_: Request, token: int) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, token)
 
-        with self.lock:
-            if self.failure or self.stopping:
-                raise Refused(503, f"the engine has stopped: {self.failure or 'the server is shutting down'}")
-            request = self.engine.add(prompt, sampling, on_token=on_token, salt=salt)
-            self.queues[request] = queue, loop
-            self.lock.notify()
-        return request, queue
+        def add() -> Request:
+            with self.lock:
+                if self.failure or self.stopping:
+                    raise Refused(503, f"the engine has stopped: {self.failure or 'the server is shutting down'}")
+                request = self.engine.add(prompt, sampling, on_token=on_token, salt=salt, adapter=adapter)
+                self.queues[request] = queue, loop
+                self.lock.notify()
+                return request
+
+        adding = asyncio.create_task(asyncio.to_thread(add))
+        try:
+            return await asyncio.shield(adding), queue
+        except asyncio.CancelledError:
+            adding.add_done_callback(lambda done: done.exception() or self.cancel(done.result()))
+            raise
 
     def cancel(self, request: Request) -> None:
-        with self.lock:
+        """Before the next step; returns at once."""
+        self.cancelled.append(request)
+
+    def _cancel(self) -> None:
+        while self.cancelled:
+            request = self.cancelled.popleft()
             self.engine.cancel(request)
             self.queues.pop(request, None)
+
+    def stats(self) -> dict[str, int]:
+        with self.lock:
+            self._cancel()
+            engine = self.engine
+            counts = {"running": len(engine.running), "waiting": len(engine.waiting), "steps": engine.steps}
+            return {**engine.blocks.stats(), **counts}
 
     def stop(self) -> None:
         with self.lock:
@@ -119,6 +146,7 @@ class EngineThread:
                 if self.stopping:
                     return
                 try:
+                    self._cancel()
                     self.engine.step()
                 except BaseException as error:
                     self.failure = error
@@ -159,11 +187,12 @@ class Text:
 
 
 class Server:
-    """The routes. `app` is what an ASGI server runs."""
+    """The routes. `app` is what an ASGI server runs. A request's `model` is `name`, or that of an adapter."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str) -> None:
         self.engine, self.tokenizer, self.name = EngineThread(engine), tokenizer, name
         self.numbers = itertools.count()
+        self.adapters = {name: BASE} | {n: n for n in (engine.adapters.names if engine.adapters else ())}
         routes = [
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/models", self.models),
@@ -178,17 +207,17 @@ class Server:
         await asyncio.to_thread(self.engine.stop)
 
     async def models(self, http: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "local"}]})
+        data = [{"id": name, "object": "model", "owned_by": "local"} for name in self.adapters]
+        for adapted in data[1:]:
+            adapted["parent"] = self.name
+        return JSONResponse({"object": "list", "data": data})
 
     async def health(self, http: HttpRequest) -> Response:
         well = self.engine.failure is None
         return JSONResponse({"status": "ok" if well else str(self.engine.failure)}, 200 if well else 503)
 
     async def stats(self, http: HttpRequest) -> Response:
-        with self.engine.lock:
-            engine = self.engine.engine
-            counts = {"running": len(engine.running), "waiting": len(engine.waiting), "steps": engine.steps}
-            return JSONResponse({**engine.blocks.stats(), **counts})
+        return JSONResponse(await asyncio.to_thread(self.engine.stats))
 
     async def completions(self, http: HttpRequest) -> Response:
         try:
@@ -225,8 +254,9 @@ class Server:
                 raise Refused(400, f"{name}: expected {wanted}, got {json.dumps(value)[:80]}", name)
         if "prompt" not in body:
             raise Refused(400, "prompt: expected one, got none", "prompt")
-        if body.get("model", self.name) != self.name:
-            raise Refused(404, f"model: expected {self.name!r}, got {body['model']!r}", "model")
+        if body.get("model", self.name) not in self.adapters:
+            names = " or ".join(map(repr, self.adapters))
+            raise Refused(404, f"model: expected {names}, got {body['model']!r}", "model")
         given = body["prompt"]
         several = isinstance(given, list) and not isinstance(given[0], int)
         prompts = [self._tokens(p) for p in (given if several else [given])]
@@ -252,15 +282,17 @@ class Server:
 
     async def _answer(self, http, body, prompts, samplings, stops) -> Response:
         started: list[tuple[Request, asyncio.Queue[int | None], Text]] = []
+        name = body.get("model", self.name)
         try:
             for prompt in prompts:
                 for sampling in samplings:
-                    request, queue = self.engine.submit(prompt, sampling, body.get("user", "").encode())
+                    salt, adapter = body.get("user", "").encode(), self.adapters[name]
+                    request, queue = await self.engine.submit(prompt, sampling, salt, adapter)
                     started.append((request, queue, Text(self.tokenizer, prompt, stops)))
         except (ValueError, Refused) as error:
             self._cancel(started)
             raise error if isinstance(error, Refused) else Refused(400, f"prompt: {error}", "prompt") from None
-        head = {"id": f"cmpl-{next(self.numbers)}", "created": int(time.time()), "model": self.name}
+        head = {"id": f"cmpl-{next(self.numbers)}", "created": int(time.time()), "model": name}
         head["object"] = "text_completion"
         if body.get("stream"):
             events = self._events(head, started, body.get("echo", False))
@@ -343,10 +375,24 @@ class Server:
             self._cancel(started)
 
 
-def load(folder: Path, dtype: torch.dtype | None = None, **options: Any) -> tuple[Engine, Tokenizer]:
-    """An engine for the checkpoint in a folder, and its tokenizer."""
+def load(
+    folder: Path, dtype: torch.dtype | None = None, adapters: dict[str, Path] | None = None, **options: Any
+) -> tuple[Engine, Tokenizer]:
+    """An engine for the checkpoint in a folder, with adapters by name, and its tokenizer."""
     model = llama_files.load(folder, dtype=dtype)
+    if adapters:
+        options["adapters"] = pool = Adapters(model)
+        for name, where in adapters.items():
+            pool.add(name, where)
     return Engine(model, **options), Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def named(text: str) -> tuple[str, Path]:
+    """`name=folder`."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"expected name=folder, got {text!r}")
+    return name, Path(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -359,17 +405,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--int8", action="store_true", help="keys and values as int8")
     parser.add_argument("--draft", action="store_true", help="speculative decoding with n-grams of the text itself")
+    parser.add_argument(
+        "--adapter", type=named, action="append", default=[], metavar="NAME=FOLDER",
+        help="a LoRA adapter in PEFT's layout, which requests choose as their model; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--bench", action="store_true", help="measure instead of serving: see serving_bench.py")
     parser.add_argument("--requests", type=int, default=64, help="of --bench")
     parser.add_argument("--output", type=Path, help="JSON file for the figures of --bench")
     given = parser.parse_args(argv)
+    adapters = dict(given.adapter)
+    if len({*adapters, given.model.name, BASE}) < len(given.adapter) + 2:
+        parser.error(f"--adapter: expected names that differ from each other, {given.model.name} and {BASE}")
     dtype = getattr(torch, given.dtype) if given.dtype else None
     if given.bench:
         from python_models.serving_bench import run
 
         return run(given.model, dtype, given.requests, given.output)
     engine, tokenizer = load(
-        given.model, dtype, num_blocks=given.num_blocks, block_size=given.block_size, int8=given.int8,
+        given.model, dtype, adapters, num_blocks=given.num_blocks, block_size=given.block_size, int8=given.int8,
         drafter=NgramDrafter() if given.draft else None,
     )  # fmt: skip
     uvicorn.run(Server(engine, tokenizer, given.model.name).app, host=given.host, port=given.port, log_level="info")
