@@ -33,6 +33,7 @@ from .device.log import Log, Record
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "build/smoke"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+DRY_OPS = {"flash_attention", "linear", "rms_norm"}  # what a dry run takes through its stages
 # Shares of the time: what a stage leaves over goes to the next.
 SHARES = {"machine": 0.06, "correct": 0.30, "sanitize": 0.12, "time": 0.40, "profile": 0.12}
 
@@ -73,9 +74,7 @@ class Run:
         """A process for each op and backend, some at a time: they wait for Python more than for the card."""
         from genai_kernels.registry import OPS
 
-        from .device.cases import cases
-
-        wanted = set(OPS) if self.device == "cuda" else {case.op for case in cases(dry=True)}
+        wanted = set(OPS) if self.device == "cuda" else DRY_OPS
         costly = sorted(wanted, key=lambda name: "attention" not in name)
         on_cpu = self.device != "cuda"
         work = [(op, b) for op in costly for b in self.backends() if on_cpu or b in OPS[op].gpu]
@@ -120,6 +119,8 @@ class Run:
 
         good = self.passed()
         for i, case in enumerate(cases(self.device == "cpu")):
+            if self.device == "cpu" and case.op not in DRY_OPS:
+                continue
             if self.left_for("time") < 8:
                 self.log.add("failed", what="time", why=f"time was up before case {i}, {case.op} {case.name}")
                 return

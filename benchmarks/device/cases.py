@@ -6,35 +6,18 @@ Shapes of attention are those of the published curves of flash attention: batch 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import genai_kernels as gk
 
-Tensors = tuple[torch.Tensor, ...]
-Function = Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call, forward or backward, and what it costs."""
-
-    op: str
-    name: str
-    make: Callable[[str, torch.dtype], Tensors]  # device, dtype -> the arguments that take gradients
-    ours: Function
-    peers: dict[str, Function]
-    reference: Function  # on float32, for the check before a time is believed
-    backward: bool = False
-    flops: float = 0.0
-    elements: float = 0.0  # read and written, where memory is the limit
-    dtype: torch.dtype = torch.bfloat16
-
+from .case import Case, Function, Tensors
+from .diffusion_cases import convolution, group_norm, sampler_step, upsampled
+from .layers import adapters_by_row, dora_layer, few_bits, gated_layer, language_loss, linear_layer
 
 # ---- attention ----
 
@@ -292,6 +275,19 @@ def cases(dry: bool = False) -> Iterator[Case]:
         yield paged_decode(2, 64, kv_heads=1, group=2, head_dim=16)
         yield append(9, kv_heads=2, head_dim=16)
         yield next_token(2, 300)
+        yield linear_layer(9, 40, 24)
+        yield linear_layer(9, 40, 24, rank=4)
+        yield linear_layer(9, 40, 24, rank=4, backward=True)
+        yield dora_layer(9, 40, 24, rank=4, backward=True)
+        yield gated_layer(9, 40, 24)
+        yield adapters_by_row(9, 40, 24, 3, rank=4)
+        yield few_bits("nf4", 9, 64, 24)
+        yield language_loss(9, 40, 64)
+        yield group_norm(1, 64, 4, last=True)
+        yield group_norm(1, 32, 4, backward=True)
+        yield sampler_step(2, 5)
+        yield convolution(1, 32, 4, norm=True, backward=True)
+        yield upsampled(1, 16, 4)
         return
     for causal in (False, True):
         yield attention(8192, 128, causal)
@@ -303,6 +299,29 @@ def cases(dry: bool = False) -> Iterator[Case]:
         yield paged_decode(batch, context)
     yield append(16384)
     yield next_token(64, 128000)
+    for count in (8192, 16):
+        yield linear_layer(count, 4096, 4096)
+        yield linear_layer(count, 4096, 4096, rank=16)
+    yield linear_layer(8192, 4096, 4096, rank=16, backward=True)
+    for backward in (False, True):
+        yield dora_layer(8192, 4096, 4096, backward=backward)
+        yield gated_layer(8192, 4096, 14336, backward)
+    yield gated_layer(16, 4096, 14336)
+    yield adapters_by_row(64, 4096, 4096, 64)
+    yield language_loss(8192, 4096, 128256)
+    for kind in ("nf4", "int8", "int4"):
+        yield few_bits(kind, 16, 4096, 4096)
+    for last in (False, True):
+        yield group_norm(16, 320, 64, last)
+        yield group_norm(16, 320, 64, last, backward=True)
+    yield sampler_step(512, 128)
+    for norm in (False, True):
+        yield convolution(16, 320, 64, norm)
+    yield convolution(16, 320, 64, norm=True, backward=True)
+    yield convolution(16, 1280, 16, norm=True)
+    yield convolution(16, 320, 64, last=False)
+    yield upsampled(16, 640, 32)
+    yield upsampled(16, 640, 32, backward=True)
     for head_dim in (64, 256):
         for causal in (False, True):
             yield attention(8192, head_dim, causal)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from genai_kernels import backends
-from genai_kernels.accuracy import map_tensors, verify_sample
+from genai_kernels.accuracy import map_tensors, moved, verify_sample
 from genai_kernels.registry import FLOATS, OPS, Make, Op, Sample
 
 from .log import Log
@@ -18,10 +18,9 @@ from .log import Log
 
 def _run(op: Op, sample: Sample, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     def leaf(t: torch.Tensor) -> torch.Tensor:
-        t = t.to(device)
         return t.requires_grad_(op.differentiable) if t.is_floating_point() else t
 
-    args, kwargs = map_tensors(leaf, sample.build(Make(dtype, device)))
+    args, kwargs = map_tensors(leaf, moved(op, sample.build(Make(dtype, device)), device))
     for name in sample.frozen:
         kwargs[name].requires_grad_(False)
     results = op.function(*args, **kwargs)
@@ -52,7 +51,7 @@ def _repeats(op: Op, sample: Sample, dtype: torch.dtype, device: str) -> bool:
 def correct(log: Log, device: str, op_name: str, backend: str, few: bool = False) -> None:
     """`few`: two samples, for a dry run."""
     op = OPS[op_name]
-    samples = [s for s in op.samples if not s.bench][: 2 if few else None]
+    samples = [s for s in op.samples if not s.bench and not s.cpu_only][: 2 if few else None]
     with backends.use_backend(backend):
         for dtype in FLOATS:
             found: dict[str, Any] = {"samples": 0, "comparisons": 0, "failures": [], "worst_share": 0.0}

@@ -30,6 +30,22 @@ ROWS = [
     ("paged decoding, 32 sequences of 8192 tokens", "paged_attention", "b32 n8192", False),
     ("the same, 16 of 16384", "paged_attention", "b16 n16384", False),
     ("append_kv_cache with rotation, 16384 x 8 x 128", "append_kv_cache", "16384x8x128", False),
+    ("sample, 64 x 128000", "sample", "64x128000", False),
+    ("linear, 8192 x 4096 x 4096", "linear", "8192x4096x4096", False),
+    ("lora_linear, the same with rank 16", "lora_linear", "8192x4096x4096 r16", False),
+    ("lora_linear backward, the base frozen", "lora_linear", "8192x4096x4096 r16", True),
+    ("lora_linear, 16 rows", "lora_linear", "16x4096x4096 r16", False),
+    ("lora_linear_multi, 64 rows, 64 adapters", "lora_linear_multi", "64x4096x4096 64 of r16", False),
+    ("nf4_linear, 16 x 4096 x 4096", "nf4_linear", "16x4096x4096", False),
+    ("linear and cross entropy, 8192 x 4096 x 128256", "fused_linear_cross_entropy", "8192x4096x128256", False),
+    ("group_norm_silu, 16 x 320 x 64 x 64", "group_norm_silu", "16x320x64x64", False),
+    ("the same, channels last", "group_norm_silu", "16x320x64x64 last", False),
+    ("group_norm_silu backward", "group_norm_silu", "16x320x64x64", True),
+    ("conv2d, 16 x 320 x 64 x 64", "conv2d", "16x320x64x64", False),
+    ("the same, group norm and SiLU before it", "conv2d", "16x320x64x64 norm", False),
+    ("conv2d with both backward", "conv2d", "16x320x64x64 norm", True),
+    ("up_conv2d, 16 x 640 x 32 x 32", "up_conv2d", "16x640x32x32", False),
+    ("cfg_step, a guided step of 512 latents", "cfg_step", "512x4x128x128", False),
 ]
 
 

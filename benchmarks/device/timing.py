@@ -13,7 +13,7 @@ import torch
 
 from genai_kernels import backends
 
-from .cases import Case, Tensors
+from .case import Case, Tensors
 from .log import Log
 
 L2_BYTES = 128 * 2**20  # inputs rotate over more than twice what a card's second-level cache holds
@@ -31,7 +31,14 @@ def _call(case: Case, function: Callable[..., Any], inputs: Tensors, cotangents:
     result = function(*inputs)
     results = result if isinstance(result, tuple) else (result,)
     leaves = [t for t in inputs if t.requires_grad]
-    return lambda: torch.autograd.grad(results, leaves, cotangents[: len(results)], retain_graph=True)
+
+    def backward() -> list[torch.Tensor]:
+        found = torch.autograd.grad(
+            results, leaves, cotangents[: len(results)], retain_graph=True, allow_unused=True
+        )  # unused: what a case freezes
+        return [g for g in found if g is not None]
+
+    return backward
 
 
 def _outputs(result: Any) -> list[torch.Tensor]:
