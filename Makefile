@@ -21,7 +21,7 @@ venv-run venv-dev: venv-%:
 library-run library-dev: library-%: venv-%
 	@flock .venv.lock $(PY) setup.py -q build_ext --inplace > .venv/build.log 2>&1 || { cat .venv/build.log; exit 1; }
 
-demo: library-run  ## a model trained and compared with eager, a model served; CHAPTER=training or serving: only that
+demo: library-run  ## models trained beside eager, served, adapted, painting; CHAPTER=painting: only that
 	$(PY) -m genai_kernels demo $(if $(CHAPTER),--chapter $(CHAPTER)) $(ARGS)
 
 llama: library-run  ## train the small Llama of python_models/checkpoints on the standard library: a quarter of an hour

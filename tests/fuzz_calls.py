@@ -7,6 +7,7 @@ import torch
 from calls import run
 from hypothesis import strategies as st
 
+from genai_kernels import StepCoefficients
 from genai_kernels.accuracy import UNIT_ROUNDOFF, map_tensors
 from genai_kernels.registry import OPS
 
@@ -123,6 +124,37 @@ def rows(draw):
     return name, tuple(t.requires_grad_() for t in args), options
 
 
+@st.composite
+def steps(draw):
+    dtype = draw(st.sampled_from(DTYPES))
+    make = Tensors(draw(st.integers(0, 2**32)), dtype)
+    batch, channels = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    shape = (batch, channels, *draw(st.lists(st.integers(1, 12), max_size=2)))
+    seeds = torch.randint(-(2**62), 2**62, (batch,), generator=make.generator)
+    if draw(st.booleans()):
+        options = {"seed": seeds} if draw(st.booleans()) else {"noise": make(*shape).requires_grad_()}
+        return "gaussian_sample_kl", (make(*shape).requires_grad_(), make(*shape).requires_grad_()), options
+    numbers = draw(st.lists(st.sampled_from([0.0, 0.0, 0.7, -0.4, 1.0]), min_size=7, max_size=7))
+    step = StepCoefficients(1.2, *numbers[:1], draw(st.sampled_from([0.5, float("inf")])), *numbers[1:6],
+                            known=0.8, known_noise=numbers[6])  # fmt: skip
+    options = {"seed": seeds, "offset": draw(st.integers(0, 2**32 - 1)), "return_x0": draw(st.booleans())}
+    if draw(st.booleans()):
+        rescale = draw(st.sampled_from([0.0, 0.7])) if shape[1:] != (1,) * (len(shape) - 1) else 0.0
+        options |= {"uncond": make(*shape), "guidance_scale": 3.0, "guidance_rescale": rescale}
+    if numbers[4] or draw(st.booleans()):
+        options["previous_x0"] = make(*shape)
+    for name in ("noise", "known_noise"):
+        if draw(st.booleans()):
+            options[name] = make(*shape)
+    if draw(st.booleans()):
+        mask = make(*[1 if draw(st.booleans()) else size for size in shape])
+        mask = mask > 0 if draw(st.booleans()) else mask.float().clamp(0, 1).to(dtype)
+        options |= {"known": make(*shape), "mask": mask}
+    else:
+        options.pop("known_noise", None)
+    return "cfg_step", (make(*shape), make(*shape), step), options
+
+
 def check(case):
     """Ours against float64: no worse than eager by more than a few roundings, NaN and infinity in the same places.
 
@@ -153,4 +185,4 @@ def check(case):
             assert error <= limit, f"{where}: error {error:.3e}, eager {eager_error:.3e}"
 
 
-GROUPS = {"attention": attention(), "packed": packed(), "rows": rows()}
+GROUPS = {"attention": attention(), "packed": packed(), "rows": rows(), "steps": steps()}

@@ -5,7 +5,11 @@ Each must occur exactly once (tests/test_mutants.py). `units` are the files to c
 
 from mutant import Mutant as Mutant
 from mutant import kernel, planted
+from mutant_catalogue_conv import CONV
+from mutant_catalogue_group_norm import GROUP_NORM
 from mutant_catalogue_linear import LINEAR
+from mutant_catalogue_quantized import QUANTIZED
+from mutant_catalogue_steps import STEPS
 
 ATTENTION = "csrc/ops/flash_attention/"
 FORWARD, BACKWARD = ATTENTION + "flash_attention_cpu.cpp", ATTENTION + "flash_attention_bwd_cpu.cpp"
@@ -431,5 +435,9 @@ MUTANTS = [
         ("strides not looked at", "t.size(d) <= 1 || t.stride(d) == p.stride(d)", "true"),
         ("gaps not seen", "range.end - range.begin == t.numel() * size", "true"),
     ),
+    *CONV,
+    *GROUP_NORM,
     *LINEAR,
+    *QUANTIZED,
+    *STEPS,
 ]

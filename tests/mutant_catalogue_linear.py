@@ -4,24 +4,29 @@ from mutant import kernel, planted
 
 DOT, PRODUCT, PACK = "csrc/cpu/dot_matmul.cpp", "csrc/cpu/matmul.cpp", "csrc/cpu/pack_operand.h"
 LORA = "csrc/ops/lora_linear/lora_linear.cpp"
+DORA = "csrc/ops/lora_linear/dora_cpu.cpp"
 
 LINEAR = [
     *planted(
         "linear",
         DOT,
-        ("columns of the first group again", "b[i] = packed + min_of<int64_t>(i, stop - j - 1)", "b[i] = packed + 0"),
+        ("columns of the first group again", "(packed + min_of<int64_t>(i, stop - j - 1) *", "(packed + 0 *"),
         ("pieces not added up", "store(c, first ? sums : load(c) + sums);", "store(c, sums);"),
         (
             "pieces added to what was there",
-            "multiply_group<P>(p, item.row_begin, rows, column, a, b, words, c, k == 0, lines);",
-            "multiply_group<P>(p, item.row_begin, rows, column, a, b, words, c, false, lines);",
+            "multiply_group<P>(p, item.row_begin, rows, columns, a, b, elements, c, k == 0, lines);",
+            "multiply_group<P>(p, item.row_begin, rows, columns, a, b, elements, c, false, lines);",
         ),
-        ("bias of the first columns", "[(item.column_begin + j) * p.bias.outer]", "[j * p.bias.outer]"),
-        ("bias with stride 1", "[(item.column_begin + j) * p.bias.outer]", "[item.column_begin + j]"),
+        (
+            "bias of the first columns",
+            "[(part * p.columns + j) * m.outer]",
+            "[(part * p.columns + j - item.column_begin) * m.outer]",
+        ),
+        ("bias with stride 1", "[(part * p.columns + j) * m.outer]", "[part * p.columns + j]"),
         (
             "columns of the next row",
-            "scratch.c + (r - item.row_begin) * kDotColumns;",
-            "scratch.c + (r - item.row_begin + (rows > 1 && r == item.row_begin)) * kDotColumns;",
+            "const C* c = scratch.c + (r - item.row_begin +",
+            "const C* c = scratch.c + (r - item.row_begin + (rows > 1 && r == item.row_begin) +",
         ),
     ),
     *planted(
@@ -57,7 +62,11 @@ LINEAR = [
     *planted(
         "lora_linear",
         DOT,
-        ("the first row's part of S for all rows of a tile", "static_cast<const C*>(first[1].s) - s : 0;", "0 : 0;"),
+        (
+            "the first row's part of S for all rows of a tile",
+            "return {first->b, s, stride};",
+            "return {first->b, s, 0};",
+        ),
         (
             "last registers of a rank left out",
             "k < b.rank; k += kLanesOf<C>)",
@@ -101,6 +110,67 @@ LINEAR = [
             "db.b = columns_from(c, dy, 0, 1, 0);",
         ),
         ("dS of the first columns", "columns_from(c, dy, adapter.column_begin, 0, 1)", "columns_from(c, dy, 0, 0, 1)"),
+    ),
+    *planted(
+        "dora",
+        DORA,
+        ("the mixed term once", "of_w + 2 * mixed + of_ba", "of_w + mixed + of_ba"),
+        (
+            "no scaling of the last term",
+            "* b * p.scaling;\n  }\n  const double square",
+            "* b;\n  }\n  const double square",
+        ),
+        ("rows that cancel not built", "kCancelled = 1.0 / 64", "kCancelled = 0"),
+        ("the first piece of a row only", "of_w += sum_of_squares", "of_w = sum_of_squares"),
+        ("rows of A for the first only", "load_piece<C>(p.a, r, k", "load_piece<C>(p.a, 0, k"),
+        ("pieces of rows not added up", "total[i] += sum[i];", "total[i] = sum[i];"),
+        ("factor of the first columns", "factor[i] = scale[j + i];", "factor[i] = scale[i];"),
+        ("gradient not multiplied", "store(to + i, d * load(factor + i));", "store(to + i, d);"),
+    ),
+    *planted(
+        "dora",
+        DOT,
+        ("factor left out", "if (p.column_scale.data) {", "if (false) {"),
+        ("nothing kept for backward", "if (p.inner) keep_row(p, r, part", "if (false) keep_row(p, r, part"),
+        (
+            "factors of the first part",
+            "stage_columns(p, item, p.column_scale, scratch.column_scale, scratch.stride);",
+            "stage_columns(p, {0, 0, 0, item.column_end - item.column_begin}, p.column_scale, scratch.column_scale, "
+            "scratch.stride);",
+        ),
+    ),
+    *planted(
+        "linear_",
+        DOT,
+        (
+            "gate and factor swapped",
+            "row += p.gate_part * scratch.stride;",
+            "row += (1 - p.gate_part) * scratch.stride;",
+        ),
+        ("second part reads the first's rows", "return group / groups * p.columns + item", "return item"),
+        ("no gate kept", "keep_row(p, r, item.column_begin, row, columns);\n        keep", "keep"),
+        (
+            "factor kept in the gate's place",
+            "keep_row(p, r, p.columns + item.column_begin, other",
+            "keep_row(p, r, item.column_begin, other",
+        ),
+        ("gate of the wrong kind", "return run(TypeTag<GeluErf>{});", "return run(TypeTag<GeluTanh>{});"),
+        (
+            "biases of the first part",
+            "const C* bias = scratch.bias + part * scratch.stride;",
+            "const C* bias = scratch.bias;",
+        ),
+    ),
+    *planted(
+        "lora_linear",
+        LORA,
+        ("B transposed by the wrong length", "to[c * rows + r] = from", "to[c * columns + r] = from"),
+        ("all rows taken to have an adapter", "s.all = s.count == c.rows;", "s.all = s.count > 0;"),
+    ),
+    *planted(
+        "dora",
+        LORA,
+        ("dx without the factor", "dy_base ? *dy_base : dy", "dy"),
     ),
     *planted(
         "fused_linear_cross_entropy",

@@ -1,5 +1,6 @@
 """Which backend serves a call, that nothing falls back in silence, and that what is not proven is nobody's default."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import genai_kernels as gk
 from benchmarks import proven
-from genai_kernels import backends
+from genai_kernels import backends, torch_ops, triton_lib
+from genai_kernels.quantized import QuantizedWeight
 from genai_kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +106,26 @@ def test_a_fallback_is_counted_and_refused_in_strict_mode(world):
     assert sum(gk.fallbacks().values()) == 2
 
 
+def test_an_op_whose_first_argument_is_a_quantized_weight_is_chosen_for_too(world, monkeypatch):
+    """By the dtype of what stands beside it; and its kernel is that of the op that the torch op belongs to."""
+    world(cuda=False)
+    with FakeTensorMode():
+        data, scale = torch.empty(6, 8, device="cuda", dtype=torch.int8), torch.empty(6, 1, device="cuda")
+        weight = QuantizedWeight(data, scale, shape=(6, 8), group_size=0)
+        a, b = torch.empty(2, 8, device="cuda", dtype=BF16), torch.empty(6, 2, device="cuda", dtype=BF16)
+        gk.dora_norm(weight, a, b)
+        ((text, count),) = gk.fallbacks().items()
+        assert text.startswith("dora_norm: not cuda: it has no kernel in CUDA C++; not triton: unproven")
+        assert count == 1
+        monkeypatch.setattr(torch_ops, "_run_in_triton", lambda name, args: f"{name} ran")
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        call = weight.data, a, b, 1.0, weight.scale, None, None, 0
+        assert torch_ops._run_on_cuda("dora_norm", *call) == "dora_norm ran"
+        dy, factor = torch.empty(3, 6, device="cuda"), torch.empty(6, device="cuda")
+        assert torch_ops._run_on_cuda("scale_columns_bwd", dy, factor, dy) == "scale_columns_bwd ran"
+    assert torch_ops._public_name("scale_columns_bwd") == "dora_linear"
+
+
 def test_the_summary_at_the_end_is_one_line():
     program = (
         "import genai_kernels as gk; from genai_kernels import backends\n"
@@ -184,3 +206,21 @@ def test_a_traced_fallback_is_counted():
     traced(torch.ones(2))
     assert sum(gk.fallbacks().values()) > before
     backends._fallbacks.clear()
+
+
+def test_triton_takes_what_is_read_on_the_cpu(monkeypatch):
+    """Seeds and adapter ids, beside tensors of a card, which are pretended here; all else must be on the card."""
+    monkeypatch.setattr(triton_lib, "interprets", lambda: False)
+    monkeypatch.setattr(triton_lib, "load", lambda: None)
+    monkeypatch.setitem(torch_ops._triton, "lora_linear_multi", lambda *args: "ran")
+    with FakeTensorMode():
+        x, w, a, b = (torch.empty(n, device="cuda") for n in ((3, 4), (5, 4), (2, 4), (5, 2)))
+        host = torch.empty(1, dtype=torch.float64), torch.empty(1, 2).long(), torch.empty(3, 1).int()
+        others = None, torch.empty(1).long(), 0.1, -1, False, False, None, None, None, 0
+        args = x, w, [a], [b], *host, *others
+        torch_ops._check_one_device("lora_linear_multi", args)
+        assert torch_ops._run_in_triton("lora_linear_multi", args) == "ran"
+        with pytest.raises(ValueError, match="lora_b: expected device cuda:0 as x, got cpu"):
+            torch_ops._check_one_device("lora_linear_multi", (x, w, [a], [torch.empty(5, 2)], *host, *others))
+        with pytest.raises(ValueError, match="expected cuda, where Triton runs, got cpu"):
+            torch_ops._run_in_triton("lora_linear_multi", (x, w, [a], [torch.empty(5, 2)], *host, *others))

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import report, run
+from benchmarks import peft_model, report, run
 from genai_kernels.cli.bench import load
 
 
@@ -65,3 +66,22 @@ def test_readme_without_markers_is_refused():
 )
 def test_kind_of_a_sample(sample, kind):
     assert report.kind(sample) == kind
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_peft_model_is_checked_and_timed(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_model, "HIDDEN", 96)
+    options = ["--dtype", dtype, "--threads", "1", "--seconds", "0.001", "--out", str(tmp_path / "found.json")]
+    assert peft_model.main(options) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    committed = json.loads((peft_model.RESULTS / f"llama_{dtype}.json").read_text())
+    assert [c["what"] for c in found["cases"]] == [c["what"] for c in committed["cases"]]
+    assert all(set(c["timings"]) == {peft_model.PEFT, peft_model.OURS, peft_model.BASE} for c in found["cases"])
+
+
+def test_a_wrong_peft_model_gets_no_speed(monkeypatch):
+    monkeypatch.setattr(peft_model, "HIDDEN", 96)
+    models = peft_model.build(torch.float32)
+    next(p for name, p in models[peft_model.OURS].named_parameters() if "lora_B" in name).data[0] += 0.01
+    with pytest.raises(SystemExit, match="no speed is shown for a wrong result"):
+        peft_model.case(models, "forward", (1, 4), 0.001)

@@ -20,7 +20,7 @@ RUNTIME = Path(genai_kernels._runtime.__file__)
 SOURCES = sorted((ROOT / "csrc").rglob("*.cpp"))
 KERNELS = [p for p in SOURCES if '\n#include "cpu/foreach_isa.h"' in p.read_text()]
 ALLOWED = re.compile(
-    r"mem(cpy|move|set|cmp)|(exp2?|log(1p)?|pow|erfc?|tanh|sin|cos|sqrt|fma|l?round|rint|ldexp|floor)f?|__\w+|_GLOBAL\w+"
+    r"mem(cpy|move|set|cmp)|(exp2?|log(1p)?|pow|erfc?|tanh|sin|cos|sincos|sqrt|fma|l?round|rint|ldexp|floor)f?|__\w+|_GLOBAL\w+"
 )
 
 

@@ -1,12 +1,15 @@
 """The GPU runner without a GPU: its dry run, what it does with a run that was cut, and README's table."""
 
+import dataclasses
 import json
 
 import pytest
 
 from benchmarks import device_run
 from benchmarks.device import report
+from benchmarks.device.cases import cases
 from benchmarks.device.log import Log
+from benchmarks.device.timing import time_case
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +24,20 @@ def test_a_dry_run_goes_through_every_stage(dry):
     assert code == 0, (folder / "table.txt").read_text()
     assert {r["stage"] for r in log.read()} == {"fingerprint", "ceilings", "correct", "sanitize", "time", "profile"}
     checked = log.read("correct")
-    assert {r["op"] for r in checked} == {
-        "append_kv_cache", "flash_attention", "paged_attention", "rms_norm", "sample", "silu_and_mul",
-    }  # fmt: skip
+    assert {r["op"] for r in checked} == device_run.DRY_OPS
     assert all(r["samples"] == 2 and r["comparisons"] > 2 and not r["failures"] for r in checked)
     timed = log.read("time")
-    assert len(timed) == 7
+    assert len(timed) == 4
     assert all("cpu" in r["timings"] and r["timings"]["cpu"]["error"] < 2e-2 for r in timed)
+
+
+@pytest.mark.parametrize("case", cases(dry=True), ids=lambda case: f"{case.op} {case.name}")
+def test_every_case_is_right_and_is_timed(case, tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    time_case(log, "cpu", dataclasses.replace(case, peers={}), ["cpu"], rounds=1)
+    (timed,) = log.read("time")
+    assert not timed["failed"]
+    assert timed["timings"]["cpu"]["error"] < 2e-2
 
 
 def test_what_fails_is_not_timed(tmp_path):

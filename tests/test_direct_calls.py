@@ -42,7 +42,7 @@ NOT_FOR_IT = {
     "lazy negation": lambda: torch.randn(3, 8, dtype=torch.complex64).conj().imag,
     "lazy conjugation": lambda: torch.randn(3, 8, dtype=torch.complex64).conj(),
     "lazy zeros": lambda: torch._efficientzerotensor((3, 8)),
-    "int8": lambda: torch.ones(3, 8, dtype=torch.int8),
+    "int16": lambda: torch.ones(3, 8, dtype=torch.int16),
     "an array": lambda: X.numpy(),
     "a list": lambda: [1.0],
     "None": lambda: None,

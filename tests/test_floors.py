@@ -5,7 +5,7 @@
 1  csrc/ops/<op>/<op>_cpu.cpp, <op>.cu      floor 0 and the room's own headers; nothing of std or torch in an ISA region
 2  csrc/ops/<op>/<op>.cpp, csrc/host        torch's stable ABI, nothing else of torch
 3  genai_kernels/ops/<op>                   registry, torch_ops, backends, accuracy, quantized; not another room
-4  genai_kernels/{nn,optim,kv_cache,integrations,cli}   ops through their public functions
+4  genai_kernels/{nn,optim,diffusion,kv_cache,integrations,cli}   ops through their public functions
 5  python_models                            the public API only
 """
 
@@ -155,7 +155,7 @@ def within(folder):
 def test_package_does_not_import_what_stands_on_it(path):
     above = ("tests", "benchmarks", "python_models")
     assert [n for n in imported(path) if n.split(".")[0] in above] == []
-    floor_4 = tuple(f"genai_kernels.{f}" for f in ("nn", "optim", "kv_cache", "integrations", "cli"))
+    floor_4 = tuple(f"genai_kernels.{f}" for f in ("nn", "optim", "diffusion", "kv_cache", "integrations", "cli"))
     if not name(path).startswith(tuple(f.replace(".", "/") for f in floor_4)) and path.name != "__main__.py":
         assert [n for n in imported(path) if n.startswith(floor_4)] == []
 
@@ -163,12 +163,24 @@ def test_package_does_not_import_what_stands_on_it(path):
 @each([p for p in within("genai_kernels/ops") if room(p)])
 def test_rooms_do_not_import_each_other(path):
     ours = [n for n in imported(path) if n.startswith("genai_kernels.")]
-    may = ("registry", "torch_ops", "backends", "accuracy", "philox", "quantized", "triton_lib", f"ops.{room(path)}")
+    may = (
+        "registry",
+        "torch_ops",
+        "backends",
+        "accuracy",
+        "philox",
+        "quantized",
+        "rows",
+        "triton_lib",
+        f"ops.{room(path)}",
+    )
     allowed = tuple(f"genai_kernels.{m}" for m in may)
     assert [n for n in ours if not n.startswith(allowed)] == []
 
 
-@each([p for f in ("nn", "optim", "kv_cache", "integrations", "cli") for p in within(f"genai_kernels/{f}")])
+@each(
+    [p for f in ("nn", "optim", "diffusion", "kv_cache", "integrations", "cli") for p in within(f"genai_kernels/{f}")]
+)
 def test_upper_floors_use_public_functions(path):
     private = [n for n in imported(path) if re.match(r"genai_kernels\.ops\..*\._", n)]
     assert private == []

@@ -43,7 +43,9 @@ def guarded_calls(guards, group, mode, step, **environment):
 
 
 @pytest.mark.parametrize("mode", [1, 2], ids=["ends_at_guard", "begins_at_guard"])
-@pytest.mark.parametrize(("group", "least"), [("rows", 4000), ("attention", 250)], ids=["rows", "attention"])
+@pytest.mark.parametrize(
+    ("group", "least"), [("rows", 5770), ("attention", 250), ("products", 1820), ("steps", 910), ("convolutions", 620)]
+)
 def test_every_tail_between_guard_pages(guards, group, least, mode):
     assert guarded_calls(guards, group, mode, 1) >= least
 

@@ -104,15 +104,21 @@ def _without_a_device(monkeypatch):
     triton_lib.load.cache_clear()  # others expect to be told what is missing
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Backward of many layers is the same kernels: compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def kernels(monkeypatch, tmp_path, request):
+def kernels(monkeypatch, tmp_path, cache, request):
     """float32 for the smaller card alone: what the larger has more, wgmma, multiplies 16 bits."""
     found = []
     dtype = request.node.callspec.params["dtype"] if hasattr(request.node, "callspec") else torch.bfloat16
     cards = (80,) if dtype == torch.float32 else (80, 90)
     monkeypatch.setattr(triton_lib, "check_place", lambda op, args: None)
     monkeypatch.setattr(JITFunction, "run", compile_instead(found, tmp_path, cards))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     return found
 
 
@@ -134,7 +140,7 @@ def call(op, sample, dtype):
 
 def samples_of(op):
     """The plainest of an op's samples, and the one with the most options."""
-    samples = [s for s in op.samples if not s.bench]
+    samples = [s for s in op.samples if not s.bench and not s.cpu_only]
     sizes = {s.name: len(s.build(Make(torch.bfloat16))[1]) for s in samples}
     return samples[0], max(samples, key=lambda s: sizes[s.name])
 
@@ -178,6 +184,43 @@ def test_paged_decoding_uses_the_matrix_units_and_no_stack(kernels):
     assert [(k.name, k.capability, k.stack) for k in kernels if k.stack] == []
     for k in kernels:
         if k.name == "attend_kernel":
+            assert re.search(r"wgmma\.mma_async.*bf16" if k.capability == 90 else r"mma\.sync.*bf16", k.ptx)
+
+
+def test_lora_linear_uses_the_matrix_units_and_no_stack(kernels):
+    """Of a layer and an adapter in bfloat16, forward and backward: one product reads x, beside which S is summed."""
+    from genai_kernels.ops.lora_linear.samples import call as layer
+    from genai_kernels.triton_lib.products import PLAIN
+
+    call(OPS["lora_linear"], Sample("training", lambda m: layer(m, (128,), 256, 192, 16)), torch.bfloat16)
+    assert {k.name for k in kernels} == {"linear_kernel", "shrink_kernel", "rows_product_kernel"}
+    assert [k.constants["SHRINKS"] for k in kernels if k.name == "linear_kernel"].count(True) == 2  # of two cards
+    assert [(k.name, k.capability, k.stack) for k in kernels if k.stack] == []
+    for k in kernels:
+        if k.constants["KIND"] == PLAIN:
+            assert re.search(r"wgmma\.mma_async.*bf16" if k.capability == 90 else r"mma\.sync.*bf16", k.ptx), k.name
+        else:  # dA and dB, of which one factor is float32
+            assert re.search(r"mma\.sync.*tf32", k.ptx), k.name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("what", ["gate", "gate and adapters", "dora"])
+def test_epilogues_of_linear_layers_use_no_stack(what, dtype, kernels):
+    """Of a gated layer as wide as a language model's, where a program has the most columns, and of DoRA's training."""
+    from genai_kernels.ops.lora_linear.dora_samples import _dora
+    from genai_kernels.ops.lora_linear.gated_samples import _gated
+
+    ranks = (16, 16) if what == "gate and adapters" else ()
+    gated = Sample("wide", lambda m: _gated(m, (128,), 64, 5632, bias=True, ranks=ranks))
+    if what == "dora":
+        call(OPS["dora_linear"], Sample("training", lambda m: _dora(m, (128,), 256, 192, 16, bias=True)), dtype)
+    else:
+        call(OPS["linear_swiglu"], gated, dtype)
+    own = {"dora_norm_kernel", "scale_columns_bwd_kernel"} if what == "dora" else {"gated_bwd_kernel"}
+    assert {"linear_kernel", *own} <= {k.name for k in kernels}
+    assert [(k.name, k.capability, k.stack) for k in kernels if k.stack] == []
+    for k in kernels:
+        if k.name == "linear_kernel" and dtype == torch.bfloat16:
             assert re.search(r"wgmma\.mma_async.*bf16" if k.capability == 90 else r"mma\.sync.*bf16", k.ptx)
 
 

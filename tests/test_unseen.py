@@ -157,3 +157,29 @@ def test_a_nan_stays_in_its_row_of_a_norm(norm, dtype):
     for found, before in zip(both(), expected, strict=True):
         assert found[5].isnan().all()
         assert same_bits(found[others], before[others])
+
+
+@pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
+@pytest.mark.parametrize(
+    ("algorithm", "dtype"), [*(("winograd", dtype) for dtype in FLOATS), ("winograd_f4", torch.float32)], ids=str
+)
+def test_a_pixel_that_is_not_finite_reaches_only_those_that_see_it(value, algorithm, dtype):
+    """Also of a Winograd tile, whose results are all made of all its pixels."""
+    x, weight = torch.randn(3, 40, 13, 9).to(dtype), torch.randn(50, 40, 3, 3).to(dtype)
+    norm = gk.GroupNormPrologue(5)
+    expected, next_norm = gk.conv2d(x, weight, padding=1, algorithm=algorithm, return_stats=norm)
+    x[1, 7, 5, 4] = value
+    found, after = gk.conv2d(x, weight, padding=1, algorithm=algorithm, return_stats=norm)
+    seen = torch.zeros_like(found, dtype=torch.bool)
+    seen[1, :, 4:7, 3:6] = True
+    assert torch.equal(~found.isfinite(), seen)
+    if value == INF:
+        taps = weight[:, 7].float().flip(1, 2).sign() * INF
+        assert torch.equal(found[1, :, 4:7, 3:6].float(), taps)
+    assert (found - expected)[~seen].abs().max() < 0.05 * expected.std()  # another order of additions, and a rounding
+    in_a_tile = torch.zeros_like(seen)
+    in_a_tile[1, :, 4:8, :8] = True
+    assert same_bits(found[~in_a_tile], expected[~in_a_tile])
+    others = torch.tensor([0, 2])
+    assert all(same_bits(a[others], b[others]) for a, b in zip(after, next_norm, strict=True))
+    assert all(a[1].isnan().all() for a in after)

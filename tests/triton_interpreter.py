@@ -1,7 +1,8 @@
 """A pytest plugin that runs tests of any file with the Triton kernels, in Triton's interpreter.
 
 `-p triton_interpreter`, with TRITON_INTERPRET=1. `--shard=1/2` takes every second test. Tests of an op without Triton
-kernels are left out.
+kernels are left out, as samples are that say so, and float16 but for the first sample of an op: it goes the ways of
+bfloat16. `--every-sample` takes all of these.
 
 The interpreter keeps bfloat16 as numpy's uint16, which this mends where kernels of this library meet it.
 
@@ -14,6 +15,7 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -138,19 +140,26 @@ mend()
 
 
 def pytest_addoption(parser):
+    parser.addoption("--every-sample", action="store_true", help="those too that are left out where time is scarce")
     parser.addoption("--shard", default="1/1", help="i/n: every n-th test, from the i-th on")
 
 
 def pytest_collection_modifyitems(config, items):
     import genai_kernels as gk
-    from genai_kernels.torch_ops import _triton
 
     with gk.use_backend("triton"):
         pass  # loads the kernels
 
     def has_kernels(item):
-        op = getattr(item, "callspec", None) and item.callspec.params.get("op")
-        return op is None or op.overloads[0] in _triton
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        op, sample = parameters.get("op"), parameters.get("sample")
+        if sample and sample.cpu_only:
+            return False
+        if sample and not config.getoption("--every-sample"):
+            again = parameters.get("dtype") is torch.float16 and op is not None and sample is not op.samples[0]
+            if again or not sample.interpreted:
+                return False
+        return op is None or "triton" in op.gpu
 
     index, shards = map(int, config.getoption("--shard").split("/"))
     items[:] = [item for item in items if has_kernels(item)][index - 1 :: shards]

@@ -29,8 +29,8 @@ def compile_flags(csrc: Path = ROOT / "csrc") -> list[str]:
         "-O2", "-g1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread",
         "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-psabi", "-Wno-uninitialized",
         "-Wno-maybe-uninitialized", "-DGENAI_KERNELS_CUDA", '-DGENAI_KERNELS_VERSION="simulator"',
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DPy_LIMITED_API=0x030a0000", *(f"-I{path}" for path in includes),
+        "-DGENAI_KERNELS_BASELINE_ONLY",  # of kernels that nothing calls
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000", *(f"-I{path}" for path in includes),
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { kPage = 4096 };
+enum { kPage = 4096, kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
 static const size_t kRegion = (size_t)1 << 40;  // addresses are not reused: a stale pointer always faults
 static char* region;
 static size_t used;
@@ -37,7 +37,7 @@ void* guard_allocate(size_t bytes, int at_end) {
 
 void guard_set_mode(int to) {
   if (!region) {
-    region = mmap(NULL, kRegion, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    region = mmap(NULL, kRegion, PROT_NONE, kFlags, -1, 0);
     if (region == MAP_FAILED) abort();
   }
   mode = to;
@@ -64,6 +64,6 @@ void free(void* p) {
   struct Header* header = (struct Header*)(data - 2 * kPage);
   const size_t pages = header->pages;
   if (header->data != data) abort();
-  madvise(header, (pages + 2) * kPage, MADV_DONTNEED);
-  mprotect(header, (pages + 2) * kPage, PROT_NONE);
+  // Mapped anew, so that it merges with its neighbours: a process may have only so many mappings.
+  if (mmap(header, (pages + 2) * kPage, PROT_NONE, kFlags | MAP_FIXED, -1, 0) == MAP_FAILED) abort();
 }

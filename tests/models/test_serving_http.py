@@ -11,6 +11,8 @@ import pytest
 import torch
 import uvicorn
 
+from genai_kernels.nn import load_adapter
+from python_models import llama_files
 from python_models.llama_cache import generate
 from python_models.llama_train import CHECKPOINT
 from python_models.serving_draft import NgramDrafter
@@ -23,7 +25,8 @@ class Served:
     """A server in a thread of this process, on a port of its own."""
 
     def __init__(self):
-        engine, tokenizer = load(CHECKPOINT, num_blocks=256, drafter=NgramDrafter())
+        adapters = {name: CHECKPOINT.with_name(f"lora_{name}") for name in ("headers", "manual")}
+        engine, tokenizer = load(CHECKPOINT, adapters=adapters, num_blocks=256, drafter=NgramDrafter())
         self.tokenizer, self.server = tokenizer, Server(engine, tokenizer, "small")
         config = uvicorn.Config(self.server.app, host="127.0.0.1", port=0, log_level="error")
         self.uvicorn = uvicorn.Server(config)
@@ -96,7 +99,28 @@ def test_a_completion(served):
     assert echoed == PROMPT + choice["text"]
     by_tokens = served.complete(prompt=served.tokenizer.encode(PROMPT).ids, max_tokens=12, temperature=0)[1]
     assert by_tokens["choices"][0]["text"] == choice["text"]
-    assert json.load(served.send("GET", "/v1/models"))["data"][0]["id"] == "small"
+    models = json.load(served.send("GET", "/v1/models"))["data"]
+    assert [(m["id"], m.get("parent")) for m in models] == [("small", None), ("headers", "small"), ("manual", "small")]
+
+
+def test_the_model_of_a_request_is_its_adapter(served):
+    """Base and both adapters at once over HTTP: each says what it says alone, and what its adapter says."""
+    bodies = [
+        {"model": m, "prompt": PROMPT, "max_tokens": 12, "temperature": 0} for m in ("small", "headers", "manual")
+    ]
+    alone = [served.complete(**body)[1] for body in bodies]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda body: served.complete(**body)[1], bodies * 2))
+    assert [t["choices"] for t in together] == [a["choices"] for a in alone] * 2
+    assert [a["model"] for a in alone] == ["small", "headers", "manual"]
+    ids = torch.tensor([served.tokenizer.encode(PROMPT).ids])
+    for body, answer in zip(bodies, alone, strict=True):
+        model = llama_files.load(CHECKPOINT)
+        if body["model"] != "small":
+            load_adapter(model, CHECKPOINT.with_name(f"lora_{body['model']}"))
+        expected = served.tokenizer.decode(generate(model.eval(), ids, 12)[0].tolist())
+        assert answer["choices"][0]["text"] == expected
+    assert len({a["choices"][0]["text"] for a in alone}) == 3
 
 
 def test_streaming_says_the_same(served):
@@ -160,7 +184,7 @@ BAD = [
     ({"prompt": PROMPT, "top_p": 0}, 400, "top_p: expected"),
     ({"prompt": PROMPT, "seed": 2**63}, 400, "seed: expected"),
     ({"prompt": PROMPT, "stop": [1]}, 400, "stop: expected"),
-    ({"prompt": PROMPT, "model": "gpt-5"}, 404, "model: expected 'small', got 'gpt-5'"),
+    ({"prompt": PROMPT, "model": "gpt-5"}, 404, "model: expected 'small' or 'headers' or 'manual', got 'gpt-5'"),
     ({"prompt": PROMPT, "n": MOST_CHOICES + 1}, 400, "n: expected"),
     ({"prompt": [PROMPT] * MOST_CHOICES, "n": 2}, 400, "n: expected at most 64 choices in all"),
     ({"prompt": [3] * 510, "max_tokens": 3}, 400, "at most 512 tokens"),

@@ -1,0 +1,143 @@
+"""Planted faults of a diffusion sampler's ops (mutant_catalogue.py)."""
+
+from mutant import kernel, planted
+
+NORMAL, SAMPLES = "csrc/cpu/normal.h", "csrc/core/samples.h"
+STEP, LATENTS = "csrc/ops/cfg_step/", "csrc/ops/gaussian_sample_kl/"
+TIMES = "csrc/ops/timestep_embedding/"
+
+STEPS = [
+    *planted(
+        "cfg_step",
+        kernel("cfg_step"),
+        ("guidance the wrong way round", "fma(guidance, m - u, u)", "fma(guidance, u - m, u)"),
+        ("guidance from the conditional output", "fma(guidance, m - u, u)", "fma(guidance, m - u, m)"),
+        ("factor forgotten", "return scaled ? m * factor : m;", "return m;"),
+        ("factor of the first sample", "p.factors[n]", "p.factors[0]"),
+        (
+            "deviation of the unconditional output",
+            "load_from(guided.model + from + i)",
+            "load_from(guided.uncond + from + i)",
+        ),
+        (
+            "end of a piece counted",
+            "part.or_zero(guided(from + i, part) - first_guided)",
+            "guided(from + i, part) - first_guided",
+        ),
+        (
+            "sums of the first piece",
+            "part.or_zero(guided(from + i, part) - first_guided)",
+            "part.or_zero(guided(i, part) - first_guided)",
+        ),
+        ("x0 of one term", "if (!ratio.is_there) return", "if (ratio.is_there) return"),
+        ("x0 with the other for the larger", "x_leads ? x : m, b", "x_leads ? m : x, b"),
+        ("clipped on one side", "x0 = min(clip, max(-clip, x0));", "x0 = min(clip, x0);"),
+        ("a NaN clipped away", "x0 = min(clip, max(-clip, x0));", "x0 = max(min(x0, clip), -clip);"),
+        ("x0 written before it is clipped", "if (clips) x0 = min", "if (clips && !x0_out) x0 = min"),
+        ("noise of the first block", "NoiseStream::step, at / kNormalBlock", "NoiseStream::step, 0"),
+        ("noise of the first sample", "p.seeds[n * p.seed_stride]", "p.seeds[0]"),
+        (
+            "offset forgotten",
+            "normal_block<C>(seed, p.offset, NoiseStream::step",
+            "normal_block<C>(seed, 0, NoiseStream::step",
+        ),
+        ("known part with the step's noise", "NoiseStream::known", "NoiseStream::step"),
+        ("known noise without its size", "k = fma(of_known_noise.*half", "k = fma(of_noise.*half"),
+        ("mask the wrong way round", "share == V{} ? k :", "share != V{} ? k :"),
+        ("mask of the first channel", "channel * mask.channel_stride", "0 * mask.channel_stride"),
+        ("mask of the first sample", "n * mask.batch_stride", "0 * mask.batch_stride"),
+        ("blend the wrong way round", "fma(share, y - k, k)", "fma(share, k - y, y)"),
+        ("previous x0 added whole", "y = fma(of_previous.*half", "y = fma(of_x0.*half"),
+    ),
+    *planted(
+        "cfg_step",
+        STEP + "cfg_step.cpp",
+        ("deviations with n", "(squares(2) / (size - 1))", "(squares(2) / size)"),
+        ("rescale without the rest", "+ 1 - rescale;", "+ 0 * rescale;"),
+        ("mean not taken off", "total[s + 1] - total[s] * total[s] / size", "total[s + 1] - 0 * size"),
+        ("only the first piece", "i < (n + 1) * pieces", "i < n * pieces + 1"),
+        ("a missing x0 not seen", "previous_x0 || of_previous == 0", "true"),
+        ("a missing uncond not seen", "uncond || (guidance == 1 && rescale == 0)", "true"),
+    ),
+    *planted(
+        "cfg_step",
+        SAMPLES,
+        ("pieces of all samples", "item / per_sample()", "item / (per_sample() + (per_sample() > 1))"),
+        ("end of a sample", "at < elements ? at : elements", "at < elements ? at : elements - elements % 2"),
+        units=(kernel("cfg_step"), STEP + "cfg_step.cpp"),
+    ),
+    *planted(
+        "cfg_step",
+        "csrc/host/samples.h",
+        ("gaps in a sample not seen", "t.numel() == 0 || is_dense_from(t, 1)", "true"),
+        ("seeds of another batch", "seeds.dim() == 1 && seeds.size(0) == batch", "seeds.dim() == 1"),
+        units=(STEP + "cfg_step.cpp",),
+    ),
+    *planted(
+        "seeded_normal",
+        NORMAL,
+        (
+            "sine and cosine the same",
+            "store(z + (w + 1) * kCounters + l, radius * angle.sin)",
+            "store(z + (w + 1) * kCounters + l, radius * angle.cos)",
+        ),
+        ("one radius for all", "words[w] + l, 9)", "words[0] + l, 9)"),
+        ("quarter's sign", "((quarters + 1) & 2) << 30", "(quarters & 2) << 30"),
+        ("logarithm's exponent", "(bits - 0x3f3504f3) >> 23", "(bits - 0x3f800000) >> 23"),
+        ("radius of half the variance", "sqrt(y * -2.0f)", "sqrt(y * -1.0f)"),
+        ("counters of the next block too", "uint32_t(block * kCounters + l)", "uint32_t(block * (kCounters - 1) + l)"),
+        ("stream forgotten", "high, uint32_t(stream), seed", "high, 0, seed"),
+        units=(kernel("seeded_normal"),),
+    ),
+    *planted(
+        "timestep_embedding",
+        kernel("timestep_embedding"),
+        ("quarters of whole turns", "int32_t(quarter == quarter ? quarter : 0)", "0"),
+        ("rest of a turn rounded", "float(turn - quarter / 4)", "float(float(turn) - quarter / 4)"),
+        (
+            "cosines first always",
+            "p.cosines_first ? p.half : 0), *cosines = out + (p.cosines_first ? 0 : p.half)",
+            "p.half), *cosines = out + (0)",
+        ),
+        ("odd element left", "if (2 * p.half < p.dim)", "if (2 * p.half > p.dim)"),
+        ("slope's sign", "part.load_from(dsin + i) - angle.sin", "part.load_from(dsin + i) + angle.sin"),
+        ("slope without its frequency", "C(6.283185307179586477 * p.turns[i + l])", "C(6.283185307179586477)"),
+    ),
+    *planted(
+        "timestep_embedding",
+        TIMES + "timestep_embedding.cpp",
+        ("shift forgotten", "/ (double(p.half) - f.shift)", "/ double(p.half)"),
+        ("scale forgotten", "f.scale * std::exp", "std::exp"),
+        ("a frequency too few", "i < p.half ? f.scale", "i < p.half - 1 ? f.scale"),
+        ("division by zero not seen", "double(p.half) != f.shift", "true"),
+    ),
+    *planted(
+        "gaussian_sample_kl",
+        kernel("gaussian_sample_kl"),
+        ("variance for deviation", "fma(exp(l * C(0.5)), noise, m)", "fma(exp(l), noise, m)"),
+        ("clamp forgotten", "min(broadcast(C(p.most)), max(broadcast(C(p.least)), logvar))", "logvar"),
+        (
+            "a NaN clamped away",
+            "min(broadcast(C(p.most)), max(broadcast(C(p.least)), logvar))",
+            "max(min(logvar, broadcast(C(p.most))), broadcast(C(p.least)))",
+        ),
+        ("constant of the divergence", "exp(l) - C(1) - l)", "exp(l) - l)"),
+        ("end of a row counted", "part.or_zero(fma(m, m, exp(l)", "(fma(m, m, exp(l)"),
+        ("half a register's sum", "sum[1] = sum[1] + d.high;", ""),
+        ("gradient beyond the clamp", "(given < least) | (given > most) ? V{} : slope", "slope"),
+        ("divergence's part of the mean", "fma(dkl, m, d)", "d"),
+        ("divergence's part of the variance", "dkl * (exp(l) - C(1))", "dkl * exp(l)"),
+        (
+            "noise of another draw in the backward",
+            "p.offset, NoiseStream::latent, at",
+            "p.offset + (p.dmean ? 1 : 0), NoiseStream::latent, at",
+        ),
+        ("gradient of the noise", "part.store_to(dnoise + at, d * deviation)", "part.store_to(dnoise + at, d)"),
+    ),
+    *planted(
+        "gaussian_sample_kl",
+        LATENTS + "gaussian_sample_kl.cpp",
+        ("only the first piece", "i < (n + 1) * pieces", "i < n * pieces + 1"),
+        ("both seed and noise", "noise.has_value() != seed.has_value()", "noise || seed"),
+    ),
+]
