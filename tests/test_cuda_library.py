@@ -58,7 +58,7 @@ def test_every_op_has_its_twin_for_cuda(library):
     # but for those that measure the machine, and the rooms without CUDA C++
     rooms = [p for p in (ROOT / "csrc/ops").iterdir() if not list(p.glob("*.cu"))]
     text = "".join(p.read_text() for room in rooms for p in room.glob("*.cpp"))
-    others = ("measure_", *re.findall(r"GK_CPU_OP\((\w+),", text))
+    others = ("measure_", *re.findall(r"GK_CPU_OP\(\s*(\w+),", text))
     program = (
         f"others = {others}"
         + """

@@ -161,7 +161,13 @@ def test_a_nan_stays_in_its_row_of_a_norm(norm, dtype):
 
 @pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
 @pytest.mark.parametrize(
-    ("algorithm", "dtype"), [*(("winograd", dtype) for dtype in FLOATS), ("winograd_f4", torch.float32)], ids=str
+    ("algorithm", "dtype"),
+    [
+        *(("auto", dtype) for dtype in FLOATS),
+        *(pytest.param("winograd", dtype, marks=pytest.mark.cpu_only) for dtype in FLOATS),
+        pytest.param("winograd_f4", torch.float32, marks=pytest.mark.cpu_only),
+    ],
+    ids=str,
 )
 def test_a_pixel_that_is_not_finite_reaches_only_those_that_see_it(value, algorithm, dtype):
     """Also of a Winograd tile, whose results are all made of all its pixels."""

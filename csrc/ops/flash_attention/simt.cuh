@@ -3,7 +3,8 @@
 // to the rows that see them (score.cuh).
 //
 // The lanes hold 32 keys (queries) while scores are computed, so that only a maximum crosses the warp, and 32 dims at a
-// time while they are summed. Sums are of 32 products first, then over the steps: their error grows with the steps.
+// time while they are summed. Sums are of 8 products first, then of 32, then over the steps: their error grows with the
+// steps.
 // What a row does not see is not multiplied.
 #pragma once
 #include "ops/flash_attention/score.cuh"
@@ -61,6 +62,18 @@ GK_DEVICE void add_row(const T* row, int64_t stride, int64_t dim, int64_t dims, 
   }
 }
 
+// part = the sum over the rows j that are seen, which add(j, few) adds to `few`: eight at a time.
+template <class F>
+GK_DEVICE void sum_of_32(unsigned seen, float (&part)[kSums], const F& add) {
+  for (int begin = 0; begin < 32; begin += 8) {
+    float few[kSums] = {};
+    for (int j = begin; j < begin + 8; ++j)
+      if (seen >> j & 1) add(j, few);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) part[i] += few[i];
+  }
+}
+
 // 0, or what a kept probability is multiplied with.
 GK_DEVICE float dropout_of(const FlashAttentionParams& p, const Sequence& s, int head, int query, int key) {
   uint32_t words[4];
@@ -100,9 +113,9 @@ GK_DEVICE void attend_row(const FlashAttentionParams& p, const Sequence& s, int 
     room[lane] = probability;
     __syncwarp();
     float part[kSums] = {};
-    for (int j = 0; j < 32; ++j)
-      if (seen >> j & 1)
-        add_row(token_at<T>(p.v, s.batch, s.key_begin + step + j, kv_head), p.v.dim, dim, p.value_dim, room[j], part);
+    sum_of_32(seen, part, [&](int j, float (&few)[kSums]) {
+      add_row(token_at<T>(p.v, s.batch, s.key_begin + step + j, kv_head), p.v.dim, dim, p.value_dim, room[j], few);
+    });
 #pragma unroll
     for (int i = 0; i < kSums; ++i) o[i] = fmaf(o[i], alpha, part[i]);
     __syncwarp();
@@ -165,9 +178,9 @@ GK_DEVICE void differentiate_row(const FlashAttentionParams& p, const Sequence& 
     room[lane] = pair.gradient * pair.cap;
     __syncwarp();
     float part[kSums] = {};
-    for (int j = 0; j < 32; ++j)
-      if (seen >> j & 1)
-        add_row(token_at<T>(p.k, s.batch, s.key_begin + step + j, kv_head), p.k.dim, dim, p.head_dim, room[j], part);
+    sum_of_32(seen, part, [&](int j, float (&few)[kSums]) {
+      add_row(token_at<T>(p.k, s.batch, s.key_begin + step + j, kv_head), p.k.dim, dim, p.head_dim, room[j], few);
+    });
 #pragma unroll
     for (int i = 0; i < kSums; ++i) dq[i] += part[i];
     __syncwarp();
@@ -195,12 +208,13 @@ GK_DEVICE void differentiate_key(const FlashAttentionParams& p, const Sequence& 
       room[32 + lane] = pair.kept;
       __syncwarp();
       float dk_part[kSums] = {}, dv_part[kSums] = {};
-      for (int j = 0; j < 32; ++j)
-        if (seen >> j & 1) {
-          const int64_t token = s.query_begin + step + j;
-          add_row(token_at<T>(p.q, s.batch, token, head), p.q.dim, dim, p.head_dim, room[j], dk_part);
-          add_row(token_at<T>(p.dout, s.batch, token, head), p.dout.dim, dim, p.value_dim, room[32 + j], dv_part);
-        }
+      sum_of_32(seen, dk_part, [&](int j, float (&few)[kSums]) {
+        add_row(token_at<T>(p.q, s.batch, s.query_begin + step + j, head), p.q.dim, dim, p.head_dim, room[j], few);
+      });
+      sum_of_32(seen, dv_part, [&](int j, float (&few)[kSums]) {
+        add_row(token_at<T>(p.dout, s.batch, s.query_begin + step + j, head), p.dout.dim, dim, p.value_dim,
+                room[32 + j], few);
+      });
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         dk[i] += dk_part[i];
