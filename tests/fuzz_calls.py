@@ -170,11 +170,15 @@ def check(case):
     ours, eager = run(op.function, given), run(op.reference, given)
     ref = run(op.reference, map_tensors(exact, given))
     assert len(ours) == len(eager) == len(ref)
+    leaves = []
+    map_tensors(lambda t: leaves.append(t) if t.requires_grad else None, given)
     for i, (o, e, r) in enumerate(zip(ours, eager, ref, strict=True)):
         where = f"{name}, result {i}"
         assert o.shape == r.shape, where
         assert o.dtype == e.dtype, where
         u = UNIT_ROUNDOFF[o.dtype]
+        if i >= len(ours) - len(leaves) and o.dtype == torch.float32:
+            u = max(u, UNIT_ROUNDOFF[ours[0].dtype] / 4)  # as of a sink: `out`, as it was rounded, is a factor
         o, e, r = o.double(), e.double(), r.double()
         assert torch.equal(o.isnan(), r.isnan()), where
         finite = o.isfinite() & r.isfinite() & e.isfinite()

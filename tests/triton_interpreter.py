@@ -24,7 +24,6 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-
 _DOT_STEP = 16
 
 

@@ -96,9 +96,10 @@ void pack_query_rows(const FlashAttentionParams& p, const HeadsView& view, int64
 }
 
 // Registers across a panel: with 32 of them 4 x 4 sums in one chain, which load less for a multiply-add than two chains of
-// 4 x 2. A contraction is cut into pieces of kChain for it.
+// 4 x 2. A contraction is cut into pieces of kChain for it, or of kShortChain where a row is a single register: eager's
+// products of a matrix and a vector have as many chains as lanes.
 constexpr int kWidest = GENAI_KERNELS_ISA_LANES == 16 ? 4 : 3;
-constexpr int64_t kChain = 64;
+constexpr int64_t kChain = 64, kShortChain = 16;
 
 // out[kTileRows][Vectors] += A B for one panel of rows.
 template <class C, int Vectors>
@@ -116,8 +117,8 @@ template <class C, int Vectors>
 template <class C>
 void add_product(const C* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const C* b, int64_t stride,
                  int64_t depth, C* out) {
-  const int64_t vectors = stride / kLanesOf<C>;
-  for (int64_t k = 0; k < depth; k += kChain)
+  const int64_t vectors = stride / kLanesOf<C>, chain = vectors == 1 ? kShortChain : kChain;
+  for (int64_t k = 0; k < depth; k += chain)
     for (int64_t j = 0; j < vectors;) {
       const int64_t left = vectors - j;
       // no single one is left over where it can be helped
@@ -128,7 +129,7 @@ void add_product(const C* a, int64_t row_stride, int64_t depth_stride, int64_t r
                                       : add_product_panel<C, kWidest>;
       for (int64_t r = 0; r < rows; r += kTileRows)
         panel(a + r * row_stride + k * depth_stride, row_stride, depth_stride, b + k * stride + j * kLanesOf<C>, stride,
-              min_of(kChain, depth - k), out + r * stride + j * kLanesOf<C>, stride);
+              min_of(chain, depth - k), out + r * stride + j * kLanesOf<C>, stride);
       j += width;
     }
 }

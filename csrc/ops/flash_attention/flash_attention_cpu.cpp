@@ -163,6 +163,7 @@ void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t k
   int64_t begin = key, end = key + round_up(keys, kKeyGroup);
   state.rows.clip(begin, end);
   if (begin >= end) return;
+  constexpr int kStep = kLanesOf<C>;
   const bool masked = !state.rows.see_all(begin, end - begin), modified = scores_are_modified(p);
   Vec<C> tile_max[kTileVectors], alpha[kTileVectors];
   for (Vec<C>& m : tile_max) m = broadcast(-kInfinity<C>);
@@ -184,7 +185,8 @@ void attend(const FlashAttentionParams& p, int64_t batch, int64_t key, int64_t k
     if constexpr (P::kPerWord == 1) drop_step<P>(p, batch, state.rows, begin, end - begin, scratch.s);
   }
   const auto* v = scratch.v.finite + (begin - key) / P::kPerWord * scratch.v.stride;
-  const auto output = modified ? output_panel<P, true> : output_panel<P, false>;
+  // narrow values: few operations, and eager's product of them has as many chains as lanes
+  const auto output = modified || p.value_dim < kStep ? output_panel<P, true> : output_panel<P, false>;
   const auto* p_t = reinterpret_cast<const typename P::Word*>(scratch.s);
   for (int64_t d = 0; d < scratch.value_rows; d += kTileRows)
     output(v + d, scratch.v.stride, p_t, (end - begin) / P::kPerWord, alpha, state.o_t + d * kTileQueries<C>);

@@ -149,6 +149,9 @@ GK_INLINE bool sees(const TileRows<C>& rows, int lane, int64_t key, const C* bia
   return rows.first[lane] <= key && key <= rows.last[lane] && !(bias && bias[lane] == -kInfinity<C>);
 }
 
+// Words of the contraction, more than most heads have, after which forward begins a new pair of chains.
+constexpr int64_t kDeep = 128;
+
 // s[kTileRows][kTileQueries] = K Q^T for one panel of keys. Masked: -inf where a lane does not see a key. Max: also
 // tile_max = max(tile_max, s).
 template <class P, bool Masked, bool Max>
@@ -159,7 +162,7 @@ template <class P, bool Masked, bool Max>
   constexpr int kStep = kLanesOf<C>, kSize = kTileQueries<C>;
   Vec<C> c[kTileRows][kTileVectors];
   if constexpr (Max)
-    multiply<P>(c, k, k_stride, 1, q_t, kSize, depth);
+    multiply_folded<P, kDeep>(c, k, k_stride, 1, q_t, kSize, depth);
   else
     multiply_folded<P>(c, k, k_stride, 1, q_t, kSize, depth);
   GK_UNROLL for (int j = 0; j < kTileVectors; ++j) {

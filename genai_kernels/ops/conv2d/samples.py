@@ -144,7 +144,7 @@ SAMPLES = _few_interpreted([
     Sample("winograd_first", lambda m: _conv(m, 1, 33, (6, 35), 34, last=False)),
     Sample("winograd_of_large_maps", lambda m: _conv(m, 1, 32, (18, 35), 36)),
     Sample("winograd_backward", lambda m: _conv(m, 1, 64, (5, 8), 80, last=False)),
-    Sample("winograd_paddings", lambda m: _conv(m, 1, 9, (6, 7), 8, padding=(0, 3, 2, 1), algorithm=_winograd_of(m)),
+    Sample("winograd_paddings", lambda m: _conv(m, 1, 33, (6, 7), 8, padding=(0, 3, 2, 1), algorithm=_winograd_of(m)),
            cpu_only=True),
     Sample("direct", lambda m: _conv(m, 2, 32, (4, 4), 32, algorithm="direct")),
     Sample("block", lambda m: _block(m, 2, 32, 0, (8, 8), 48, 8)),
