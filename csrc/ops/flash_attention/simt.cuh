@@ -62,9 +62,11 @@ GK_DEVICE void add_row(const T* row, int64_t stride, int64_t dim, int64_t dims, 
   }
 }
 
-// part = the sum over the rows j that are seen, which add(j, few) adds to `few`: eight at a time.
+// sum += the sum over the rows j that are seen, which add(j, few) adds to `few`: eight at a time.
 template <class F>
-GK_DEVICE void sum_of_32(unsigned seen, float (&part)[kSums], const F& add) {
+GK_DEVICE void add_sum_of_32(unsigned seen, float (&sum)[kSums], const F& add) {
+  float part[kSums] = {};
+#pragma unroll 1
   for (int begin = 0; begin < 32; begin += 8) {
     float few[kSums] = {};
     for (int j = begin; j < begin + 8; ++j)
@@ -72,6 +74,8 @@ GK_DEVICE void sum_of_32(unsigned seen, float (&part)[kSums], const F& add) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) part[i] += few[i];
   }
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sum[i] += part[i];
 }
 
 // 0, or what a kept probability is multiplied with.
@@ -112,12 +116,11 @@ GK_DEVICE void attend_row(const FlashAttentionParams& p, const Sequence& s, int 
     const unsigned seen = __ballot_sync(~0u, score != -kAttentionInfinity);
     room[lane] = probability;
     __syncwarp();
-    float part[kSums] = {};
-    sum_of_32(seen, part, [&](int j, float (&few)[kSums]) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) o[i] *= alpha;
+    add_sum_of_32(seen, o, [&](int j, float (&few)[kSums]) {
       add_row(token_at<T>(p.v, s.batch, s.key_begin + step + j, kv_head), p.v.dim, dim, p.value_dim, room[j], few);
     });
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) o[i] = fmaf(o[i], alpha, part[i]);
     __syncwarp();
   }
   sum = warp_sum(sum);
@@ -177,12 +180,9 @@ GK_DEVICE void differentiate_row(const FlashAttentionParams& p, const Sequence& 
     const unsigned seen = __ballot_sync(~0u, pair.seen);
     room[lane] = pair.gradient * pair.cap;
     __syncwarp();
-    float part[kSums] = {};
-    sum_of_32(seen, part, [&](int j, float (&few)[kSums]) {
+    add_sum_of_32(seen, dq, [&](int j, float (&few)[kSums]) {
       add_row(token_at<T>(p.k, s.batch, s.key_begin + step + j, kv_head), p.k.dim, dim, p.head_dim, room[j], few);
     });
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) dq[i] += part[i];
     __syncwarp();
   }
 #pragma unroll
@@ -207,19 +207,13 @@ GK_DEVICE void differentiate_key(const FlashAttentionParams& p, const Sequence& 
       room[lane] = pair.gradient * pair.cap;
       room[32 + lane] = pair.kept;
       __syncwarp();
-      float dk_part[kSums] = {}, dv_part[kSums] = {};
-      sum_of_32(seen, dk_part, [&](int j, float (&few)[kSums]) {
+      add_sum_of_32(seen, dk, [&](int j, float (&few)[kSums]) {
         add_row(token_at<T>(p.q, s.batch, s.query_begin + step + j, head), p.q.dim, dim, p.head_dim, room[j], few);
       });
-      sum_of_32(seen, dv_part, [&](int j, float (&few)[kSums]) {
+      add_sum_of_32(seen, dv, [&](int j, float (&few)[kSums]) {
         add_row(token_at<T>(p.dout, s.batch, s.query_begin + step + j, head), p.dout.dim, dim, p.value_dim,
                 room[32 + j], few);
       });
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        dk[i] += dk_part[i];
-        dv[i] += dv_part[i];
-      }
       __syncwarp();
     }
   }
