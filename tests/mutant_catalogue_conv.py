@@ -98,11 +98,11 @@ CONV = [
         ("scale without its one", "const double scale = 1 + number_of", "const double scale = number_of"),
         (
             "weights of the first panel packed for all",
-            "T* from = static_cast<const T*>(w.data) + (which * panel + o)",
-            "T* from = static_cast<const T*>(w.data) + o",
+            "T* data = static_cast<const T*>(w.data) + which * panel * w.out_stride;",
+            "T* data = static_cast<const T*>(w.data);",
         ),
         ("G without its half", "to[2] = 0.5 * (outer - g[1]);", "to[2] = outer - g[1];"),
-        ("a sign of the larger G", "to[4] = (far - 2 * g[1]) / 24;", "to[4] = (far + 2 * g[1]) / 24;"),
+        ("a sign of the larger G", "to[4] = (far - 2.0 * g[1]) / 24.0;", "to[4] = (far + 2.0 * g[1]) / 24.0;"),
         ("means of cells not merged", "moments[c] += delta * share;", "moments[c] += 0 * delta;"),
     ),
     *planted(

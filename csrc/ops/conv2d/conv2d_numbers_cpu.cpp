@@ -34,62 +34,75 @@ double number_of(const SampleParameter& p, int64_t n, int64_t i, double if_absen
   return number_of(row, i, if_absent);
 }
 
+// The weights of a panel's channels for one tap side by side, written in order; the rows that they are read from go along
+// together, and stay in the L1.
 template <class T>
 void pack_panels(const ConvWeight& w, T* packed, int64_t begin, int64_t end) {
   const int64_t panel = conv_panel(w.out), taps = w.height * w.width;
   const ConvBlocks blocks(w.in, taps);
   for (int64_t which = begin; which < end; ++which) {
     T* to = packed + which * panel * w.in * taps;
+    const T* data = static_cast<const T*>(w.data) + which * panel * w.out_stride;
+    const int64_t left = w.out - which * panel, there = left < panel ? left : panel;
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t first = blocks.begin(block), depth = blocks.end(block) - first;
-      for (int64_t o = 0; o < panel; ++o) {
-        const bool is_there = which * panel + o < w.out;
-        const T* from = static_cast<const T*>(w.data) + (which * panel + o) * w.out_stride + first * w.in_stride;
-        for (int64_t i = 0; i < depth; ++i)
-          for (int64_t t = 0; t < taps; ++t)
-            to[(t * depth + i) * panel + o] =
-                is_there ? from[i * w.in_stride + t / w.width * w.row_stride + t % w.width * w.column_stride] : T{};
-      }
+      for (int64_t i = 0; i < depth; ++i)
+        for (int64_t r = 0; r < w.height; ++r)
+          for (int64_t c = 0; c < w.width; ++c) {
+            const T* from = data + (first + i) * w.in_stride + r * w.row_stride + c * w.column_stride;
+            T* row = to + ((r * w.width + c) * depth + i) * panel;
+            for (int64_t o = 0; o < there; ++o) row[o] = from[o * w.out_stride];
+            for (int64_t o = there; o < panel; ++o) row[o] = T{};
+          }
       to += taps * depth * panel;
     }
   }
 }
 
-// G g of a row or a column of three taps.
-GK_INLINE void transform_taps(const double (&g)[3], double (&to)[4]) {
-  const double outer = g[0] + g[2];
+// G g of a row or a column of three taps, of several channels.
+GK_INLINE void transform_taps(const VecD (&g)[3], VecD (&to)[4]) {
+  const VecD outer = g[0] + g[2];
   to[0] = g[0];
   to[1] = 0.5 * (outer + g[1]);
   to[2] = 0.5 * (outer - g[1]);
   to[3] = g[2];
 }
-GK_INLINE void transform_taps(const double (&g)[3], double (&to)[6]) {
-  const double outer = g[0] + g[2], far = g[0] + 4 * g[2];
-  to[0] = g[0] / 4;
-  to[1] = (outer + g[1]) / -6;
-  to[2] = (outer - g[1]) / -6;
-  to[3] = (far + 2 * g[1]) / 24;
-  to[4] = (far - 2 * g[1]) / 24;
+GK_INLINE void transform_taps(const VecD (&g)[3], VecD (&to)[6]) {
+  const VecD outer = g[0] + g[2], far = g[0] + 4.0 * g[2];
+  to[0] = g[0] / 4.0;
+  to[1] = (outer + g[1]) / -6.0;
+  to[2] = (outer - g[1]) / -6.0;
+  to[3] = (far + 2.0 * g[1]) / 24.0;
+  to[4] = (far - 2.0 * g[1]) / 24.0;
   to[5] = g[2];
 }
 
 // U = G g G' of one input channel, its columns side by side.
 template <int Size, class T>
 void transform_weights(const ConvWeight& w, int64_t first, int64_t channel, int64_t panel, float* to, int64_t plane) {
-  for (int64_t o = 0; o < panel; ++o) {
-    const bool is_there = first + o < w.out;
-    const T* from = static_cast<const T*>(w.data) + (first + o) * w.out_stride + channel * w.in_stride;
-    double half[Size][3], all[Size];
-    for (int k = 0; k < 3; ++k) {
-      double taps[3];
-      for (int t = 0; t < 3; ++t)
-        taps[t] = is_there ? double(to_compute(from[t * w.row_stride + k * w.column_stride])) : 0;
-      transform_taps(taps, all);
-      for (int r = 0; r < Size; ++r) half[r][k] = all[r];
+  constexpr int kStep = kLanesOf<double>;
+  typedef float Half __attribute__((vector_size(kRegisterBytes / 2)));
+  for (int64_t o = 0; o < panel; o += kStep) {
+    double taps[3][3][kStep] = {};  // [column][row]
+    const int64_t left = w.out - first - o, there = left < kStep ? left : kStep;
+    for (int64_t l = 0; l < there; ++l) {
+      const T* from = static_cast<const T*>(w.data) + (first + o + l) * w.out_stride + channel * w.in_stride;
+      for (int k = 0; k < 3; ++k)
+        for (int t = 0; t < 3; ++t) taps[k][t][l] = double(to_compute(from[t * w.row_stride + k * w.column_stride]));
     }
-    for (int r = 0; r < Size; ++r) {
+    VecD half[Size][3], all[Size];
+    GK_UNROLL for (int k = 0; k < 3; ++k) {
+      VecD g[3];
+      __builtin_memcpy(g, taps[k], sizeof g);
+      transform_taps(g, all);
+      GK_UNROLL for (int r = 0; r < Size; ++r) half[r][k] = all[r];
+    }
+    GK_UNROLL for (int r = 0; r < Size; ++r) {
       transform_taps(half[r], all);
-      for (int c = 0; c < Size; ++c) to[(Size * r + c) * plane + o] = float(all[c]);
+      GK_UNROLL for (int c = 0; c < Size; ++c) {
+        const Half sum = __builtin_convertvector(all[c], Half);
+        __builtin_memcpy(to + (Size * r + c) * plane + o, &sum, sizeof sum);
+      }
     }
   }
 }
@@ -99,14 +112,16 @@ void add_taps(const ConvWeight& w, const UpTaps& rows, const UpTaps& columns, Co
               int64_t end) {
   for (int64_t o = begin; o < end; ++o)
     for (int64_t i = 0; i < w.in; ++i) {
-      const T* taps = static_cast<const T*>(w.data) + o * w.out_stride + i * w.in_stride;
+      const T* from = static_cast<const T*>(w.data) + o * w.out_stride + i * w.in_stride;
+      double taps[3][3];
+      for (int r = 0; r < 3; ++r)
+        for (int c = 0; c < 3; ++c) taps[r][c] = double(to_compute(from[r * w.row_stride + c * w.column_stride]));
       Compute<T>* to = sums + (o * w.in + i) * rows.count * columns.count;
       for (int a = 0; a < rows.count; ++a)
         for (int b = 0; b < columns.count; ++b, ++to) {
           double sum = 0;
           for (int r = rows.begin(a); r < rows.end(a); ++r)
-            for (int c = columns.begin(b); c < columns.end(b); ++c)
-              sum += double(to_compute(taps[r * w.row_stride + c * w.column_stride]));
+            for (int c = columns.begin(b); c < columns.end(b); ++c) sum += taps[r][c];
           *to = Compute<T>(sum);
         }
     }
